@@ -1,0 +1,1 @@
+"""KFP components: typed ports, image and resources; the work is in vlmflow."""

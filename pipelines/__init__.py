@@ -1,0 +1,1 @@
+"""KFP pipelines: in which order the components run."""

@@ -1,0 +1,1 @@
+"""Curation steps: each reads a manifest and adds a layer."""

@@ -1,0 +1,1 @@
+"""Shards, layers and manifests: images move once, results are added beside them."""

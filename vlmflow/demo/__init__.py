@@ -1,0 +1,1 @@
+"""Real small data for a laptop run, served over HTTP."""

@@ -1,0 +1,1 @@
+"""Benchmarks, answer matching and scores."""

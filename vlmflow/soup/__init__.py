@@ -1,0 +1,1 @@
+"""Model soups: averages of weights that share a start."""

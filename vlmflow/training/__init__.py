@@ -1,0 +1,1 @@
+"""Stages, packing, the DeepSpeed loop, checkpoints and launchers."""
