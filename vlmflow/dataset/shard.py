@@ -1,0 +1,145 @@
+"""Shards: immutable WebDataset tars with an offset index beside them.
+
+The tar stays readable by any WebDataset tool; the index makes a read one seek instead of a scan, which is about ten
+times faster and allows a true shuffle (spec: data-eval-soup.md 2.1). Bytes depend on the samples alone: no times,
+no owners, so equal content has equal hashes.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from vlmflow import storage
+from vlmflow.dataset.manifest import ShardRef
+from vlmflow.dataset.sample import IMAGE_EXTENSIONS, Sample
+from vlmflow.digest import canonical, sha256_file
+from vlmflow.errors import DataError
+from vlmflow.storage_file import write_atomically
+
+INDEX_SUFFIX = ".idx.json"
+
+
+def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
+    """Write a tar and its index, each whole or not at all (the tar last); returns the number of samples.
+
+    Raises:
+        DataError: a key that repeats or holds a dot or slash, or an image format WebDataset tools do not know.
+    """
+    path = Path(path)
+    index: dict[str, dict[str, list[int]]] = {}
+
+    def fill(file: Any) -> None:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for sample in samples:
+                if sample.key in index or not sample.key or set("./") & set(sample.key):
+                    raise DataError(
+                        f"sample key '{sample.key}' of {path.name} repeats or holds '.' or '/': WebDataset splits names "
+                        "there; give every sample a unique plain key"
+                    )
+                members = index[sample.key] = {}
+                for name, data in _members(sample):
+                    entry = tarfile.TarInfo(f"{sample.key}.{name}")
+                    entry.size = len(data)
+                    tar.addfile(entry, io.BytesIO(data))
+                    members[name] = [file.tell() - _padded(len(data)), len(data)]
+
+    temporary_index = path.with_name(path.name + INDEX_SUFFIX)
+    unsealed = path.with_name(path.name + ".unsealed")
+    try:
+        write_atomically(unsealed, fill)
+        write_atomically(temporary_index, lambda file: file.write(canonical(index)) and None)
+        unsealed.replace(path)
+    finally:
+        unsealed.unlink(missing_ok=True)
+    return len(index)
+
+
+def _padded(length: int) -> int:
+    return -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+
+
+def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:
+    described = sample.meta.get("images", [])
+    if len(described) != len(sample.images):
+        raise DataError(
+            f"sample {sample.key}: {len(sample.images)} images but {len(described)} entries in meta['images']; "
+            "one entry an image is needed"
+        )
+    for number, (data, about) in enumerate(zip(sample.images, described, strict=True)):
+        extension = IMAGE_EXTENSIONS.get(about["format"])
+        if extension is None:
+            raise DataError(
+                f"sample {sample.key}: image format '{about['format']}' is not one of {sorted(IMAGE_EXTENSIONS)}; "
+                "convert it before writing the shard"
+            )
+        yield (extension if len(described) == 1 else f"{number}.{extension}"), data
+    yield "json", canonical(sample.meta)
+
+
+def describe_shard(path: str | Path, uri: str, samples: int, source: str) -> ShardRef:
+    """The reference of a written shard as it will stand in a manifest."""
+    path = Path(path)
+    return ShardRef(uri=uri, sha256=sha256_file(path), bytes=path.stat().st_size, samples=samples, source=source)
+
+
+class ShardReader:
+    """Random access to one shard, local or stored.
+
+    Args:
+        shard: a reference from a manifest (its hash is verified on the first local copy), or a path.
+
+    Raises:
+        DataError: the tar is cut or changed, or its index names other bytes than the tar holds.
+    """
+
+    def __init__(self, shard: ShardRef | str | Path, scratch: str | Path | None = None) -> None:
+        ref = shard if isinstance(shard, ShardRef) else None
+        self.uri = ref.uri if ref else str(shard)
+        self.path = storage.cached(self.uri, ref.sha256 if ref else None, scratch)
+        index = storage.cached(self.uri + INDEX_SUFFIX, None, scratch)
+        self.index: dict[str, dict[str, list[int]]] = json.loads(index.read_bytes())
+        if ref and len(self.index) != ref.samples:
+            raise DataError(
+                f"{self.uri}: the index lists {len(self.index)} samples but the manifest says {ref.samples}; "
+                "delete the shard and its index and run the step that made them again"
+            )
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def keys(self) -> list[str]:
+        """Sample keys in shard order."""
+        return list(self.index)
+
+    def _member(self, key: str, name: str) -> bytes:
+        offset, length = self.index[key][name]
+        with open(self.path, "rb") as file:
+            file.seek(offset)
+            data = file.read(length)
+        if len(data) != length:
+            raise DataError(
+                f"{self.uri}: sample {key}, member {name}: {len(data)} bytes read, {length} indexed; the shard is cut. "
+                "Delete it and run the step that made it again."
+            )
+        return data
+
+    def meta(self, key: str) -> dict[str, Any]:
+        """The sample's JSON, without touching its images."""
+        try:
+            return json.loads(self._member(key, "json"))
+        except KeyError:
+            raise DataError(f"{self.uri} has no sample '{key}'; it holds {len(self.index)} others") from None
+
+    def read(self, key: str) -> Sample:
+        """One whole sample."""
+        meta = self.meta(key)
+        images = tuple(self._member(key, name) for name in self.index[key] if name != "json")
+        return Sample(key, meta, images)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self.read(key) for key in self.index)

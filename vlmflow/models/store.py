@@ -1,0 +1,137 @@
+"""Models in the store: a complete Hugging Face folder, hashed file by file, whole or absent.
+
+``model.json`` is put last and is the marker: a model without it does not exist. A Kubeflow model artifact holds that
+JSON and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vlmflow import storage
+from vlmflow.digest import digest, sha256_file
+from vlmflow.errors import ModelError
+
+if TYPE_CHECKING:
+    from vlmflow.step import Context
+
+MARKER = "model.json"
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class FileRef(_Frozen):
+    """One file of a model: path relative to the folder, sha256, size in bytes."""
+
+    path: str
+    sha256: str
+    bytes: int
+
+
+class ModelLineage(_Frozen):
+    """How weights came to be.
+
+    Attributes:
+        parents: weight hashes this model was made from.
+        ancestor: weight hash of the common start; only models that share it may be averaged (points.md 7.3).
+        data: manifest digests seen in training.
+        log_uri: training log (JSON lines), if the model was trained.
+    """
+
+    step: str
+    stage: str = ""
+    params: dict[str, Any] = Field(default_factory=dict)
+    parents: list[str] = Field(default_factory=list)
+    ancestor: str = ""
+    data: list[str] = Field(default_factory=list)
+    log_uri: str | None = None
+
+
+class ModelRef(_Frozen):
+    """A model in the store; ``weights_sha256`` is its identity."""
+
+    name: str
+    uri: str
+    files: list[FileRef]
+    weights_sha256: str
+    lineage: ModelLineage
+
+
+def weights_digest(files: list[FileRef]) -> str:
+    """Identity of the weights: digest over the hashes of all ``*.safetensors`` files."""
+    return digest([[f.path, f.sha256] for f in sorted(files, key=lambda f: f.path) if f.path.endswith(".safetensors")])
+
+
+def describe_files(folder: str | Path) -> list[FileRef]:
+    """Hash every file of a folder, sorted by path; marker and hidden files left out."""
+    folder = Path(folder)
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MARKER and not p.name.startswith("."))
+    return [
+        FileRef(path=p.relative_to(folder).as_posix(), sha256=sha256_file(p), bytes=p.stat().st_size) for p in paths
+    ]
+
+
+def publish(ctx: Context, local_dir: str | Path, name: str, lineage: ModelLineage, key: str) -> ModelRef:
+    """Upload a folder to ``{root}/models/{key}/``, the marker last.
+
+    Raises:
+        ModelError: the folder has no weights.
+    """
+    files = describe_files(local_dir)
+    if not any(f.path.endswith(".safetensors") for f in files):
+        raise ModelError(f"{local_dir} has no *.safetensors among its {len(files)} files; nothing to publish as model '{name}'")
+    uri = storage.join(ctx.root, "models", key)
+    for file in files:
+        storage.put_file(Path(local_dir) / file.path, storage.join(uri, file.path))
+    ref = ModelRef(name=name, uri=uri, files=files, weights_sha256=weights_digest(files), lineage=lineage)
+    storage.write_json(storage.join(uri, MARKER), ref.model_dump(mode="json"))
+    return ref
+
+
+def find(ctx: Context, key: str) -> ModelRef | None:
+    """The model published under ``key``, or None."""
+    uri = storage.join(ctx.root, "models", key, MARKER)
+    return load_ref(uri) if storage.exists(uri) else None
+
+
+def fetch(ref: ModelRef, scratch: str | Path | None = None) -> Path:
+    """A local folder with the model; every file's hash is verified. Raises DataError for a changed file."""
+    if (local := storage.local_path(ref.uri)) is not None:
+        for file in ref.files:
+            storage.cached(str(local / file.path), file.sha256)
+        return local
+    base = Path(scratch or storage.default_scratch()) / "models"
+    folder = base / digest([f.model_dump() for f in ref.files])[:32]
+    done = folder / ".complete"
+    if not done.exists():
+        for file in ref.files:
+            target = folder / file.path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            storage.get_file(storage.join(ref.uri, file.path), target)
+            if (found := sha256_file(target)) != file.sha256:
+                raise ModelError(
+                    f"model '{ref.name}': {file.path} has sha256 {found[:16]}… but {file.sha256[:16]}… was recorded; the "
+                    f"stored copy at {ref.uri} was changed or cut. Delete its {MARKER} and run the step again."
+                )
+        done.touch()
+    return folder
+
+
+def load_ref(path_or_uri: str | Path) -> ModelRef:
+    """Read a reference (a model artifact or a marker). Raises ModelError when it is not one."""
+    data = storage.read_bytes(str(path_or_uri))
+    try:
+        return ModelRef.model_validate(json.loads(data))
+    except (ValueError, ValidationError) as error:
+        raise ModelError(f"{path_or_uri} is not a model reference: {error}") from error
+
+
+def dump_ref(ref: ModelRef, path: str | Path) -> None:
+    """Write a reference as JSON (to an artifact path)."""
+    storage.write_json(str(path), ref.model_dump(mode="json"))

@@ -1,0 +1,122 @@
+"""The frame around a step: where it writes, how it shows progress, how long it took.
+
+A Kubeflow component opens the frame and calls one library function inside it. Endpoints and credentials come from
+the environment (mounted configuration), never from pipeline parameters:
+``VLMFLOW_ROOT`` (store prefix), ``VLMFLOW_SCRATCH`` (local cache), ``VLMFLOW_RUN_ID``, ``VLMFLOW_PROGRESS`` (file
+that receives progress events as JSON lines).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vlmflow import storage
+from vlmflow.errors import RecipeError, VlmflowError
+from vlmflow.recipe import Recipe, load
+
+EVENT_INTERVAL = 0.5  # seconds between progress events of one task
+
+
+def emit(**event: Any) -> None:
+    """Append one event to the progress file, if the runner asked for one. A line is written in one call."""
+    if path := os.environ.get("VLMFLOW_PROGRESS"):
+        line = json.dumps({"time": round(time.time(), 3), **event}, ensure_ascii=False) + "\n"
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line)
+
+
+class Progress:
+    """Counts work done and says so: as events for the runner, else as plain lines on standard error."""
+
+    def __init__(self, step: str, label: str, total: int, unit: str) -> None:
+        self.step, self.label, self.total, self.unit = step, label, total, unit
+        self.done = 0
+        self.text = ""
+        self._started = self._shown = time.monotonic()
+        self._plain = not os.environ.get("VLMFLOW_PROGRESS") and os.environ.get("VLMFLOW_QUIET") != "1"
+
+    def __enter__(self) -> Progress:
+        self._show(force=True)
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        self._show(force=kind is None)
+
+    def advance(self, n: int = 1) -> None:
+        """``n`` more units are done."""
+        self.done += n
+        self._show()
+
+    def note(self, text: str) -> None:
+        """A short text shown beside the count (a loss, a rate)."""
+        self.text = text
+
+    def _show(self, force: bool = False) -> None:
+        now = time.monotonic()
+        interval = EVENT_INTERVAL if not self._plain else 5.0
+        if not force and now - self._shown < interval:
+            return
+        self._shown = now
+        emit(step=self.step, label=self.label, done=self.done, total=self.total, unit=self.unit, note=self.text, state="progress")
+        if self._plain and self.done:
+            rate = self.done / max(now - self._started, 1e-9)
+            left = (self.total - self.done) / rate
+            print(f"[{self.label}] {self.done}/{self.total} {self.unit}, {left:.0f} s left {self.text}", file=sys.stderr, flush=True)
+
+
+@dataclass
+class Context:
+    """What every step function receives.
+
+    Attributes:
+        root: store prefix of all datasets, layers and models, e.g. ``s3://vlmflow``.
+        scratch: local disk for caches.
+        run_id: names this run in logs and reports; never part of a digest.
+    """
+
+    recipe: Recipe
+    root: str
+    scratch: Path
+    run_id: str = "local"
+    step: str = ""
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def progress(self, label: str, total: int, unit: str = "items") -> Progress:
+        """A progress counter; use it as a context manager."""
+        return Progress(self.step or label, label, total, unit)
+
+
+def context(recipe: Recipe, step: str = "") -> Context:
+    """A context from the environment. Raises RecipeError when VLMFLOW_ROOT is not set."""
+    root = os.environ.get("VLMFLOW_ROOT")
+    if not root:
+        raise RecipeError("VLMFLOW_ROOT is not set: it names the store prefix, e.g. s3://vlmflow or file:///data/vlmflow")
+    return Context(recipe, root, storage.default_scratch(), os.environ.get("VLMFLOW_RUN_ID", "local"), step)
+
+
+@contextmanager
+def open_step(name: str, recipe_path: str | Path) -> Iterator[Context]:
+    """Frame of one component: loads the recipe, emits start and end, stores the step's wall time in seconds."""
+    emit(step=name, state="start")
+    started = time.time()
+    try:
+        ctx = context(load(recipe_path), name)
+        yield ctx
+    except VlmflowError as error:
+        emit(step=name, state="failed", note=f"{type(error).__name__}: {error}", code=error.exit_code)
+        raise
+    except BaseException as error:
+        emit(step=name, state="failed", note=f"{type(error).__name__}: {error}", code=1)
+        raise
+    seconds = round(time.time() - started, 3)
+    record = {"step": name, "started": round(started, 3), "seconds": seconds}
+    storage.write_json(storage.join(ctx.root, "runs", ctx.run_id, "steps", f"{name}.json"), record)
+    emit(step=name, state="end", seconds=seconds)
