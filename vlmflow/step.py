@@ -65,11 +65,23 @@ class Progress:
         if not force and now - self._shown < interval:
             return
         self._shown = now
-        emit(step=self.step, label=self.label, done=self.done, total=self.total, unit=self.unit, note=self.text, state="progress")
+        emit(
+            step=self.step,
+            label=self.label,
+            done=self.done,
+            total=self.total,
+            unit=self.unit,
+            note=self.text,
+            state="progress",
+        )
         if self._plain and self.done:
             rate = self.done / max(now - self._started, 1e-9)
             left = (self.total - self.done) / rate
-            print(f"[{self.label}] {self.done}/{self.total} {self.unit}, {left:.0f} s left {self.text}", file=sys.stderr, flush=True)
+            print(
+                f"[{self.label}] {self.done}/{self.total} {self.unit}, {left:.0f} s left {self.text}",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @dataclass
@@ -98,7 +110,9 @@ def context(recipe: Recipe, step: str = "") -> Context:
     """A context from the environment. Raises RecipeError when VLMFLOW_ROOT is not set."""
     root = os.environ.get("VLMFLOW_ROOT")
     if not root:
-        raise RecipeError("VLMFLOW_ROOT is not set: it names the store prefix, e.g. s3://vlmflow or file:///data/vlmflow")
+        raise RecipeError(
+            "VLMFLOW_ROOT is not set: it names the store prefix, e.g. s3://vlmflow or file:///data/vlmflow"
+        )
     return Context(recipe, root, storage.default_scratch(), os.environ.get("VLMFLOW_RUN_ID", "local"), step)
 
 

@@ -118,7 +118,9 @@ def read_json(uri: str) -> Any:
     try:
         return json.loads(data)
     except ValueError as error:
-        raise DataError(f"{uri} holds {len(data)} bytes that are not JSON ({error}); delete it and run the step again") from error
+        raise DataError(
+            f"{uri} holds {len(data)} bytes that are not JSON ({error}); delete it and run the step again"
+        ) from error
 
 
 def write_json(uri: str, obj: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,10 +42,10 @@ def translated(uri: str):
         raise kind(f"{uri}: {_HINTS[kind]} ({error.strerror or error})") from error
 
 
-def write_atomically(path: Path, fill: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Write through ``fill`` to a temporary neighbour, sync, rename; leaves nothing behind when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
         with open(temporary, "wb") as file:
             fill(file)
@@ -78,7 +79,7 @@ class FileStore:
 
     def write(self, uri: str, data: bytes) -> None:
         with translated(uri):
-            write_atomically(self._path(uri), lambda file: file.write(data) and None)
+            write_atomically(self._path(uri), lambda file: file.write(data))
 
     def put(self, path: Path, uri: str) -> None:
         target = self._path(uri)

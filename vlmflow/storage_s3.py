@@ -126,7 +126,7 @@ class S3Store:
             answer = self.client.get_object(bucket, key)
             try:
                 with translated(str(path)):
-                    write_atomically(path, lambda file: [file.write(block) for block in answer.stream(1 << 20)] and None)
+                    write_atomically(path, lambda file: file.writelines(answer.stream(1 << 20)))
             finally:
                 answer.close()
                 answer.release_conn()
@@ -136,7 +136,9 @@ class S3Store:
         prefix = f"{key}/" if key else ""
         with self._translated(uri):
             found = self.client.list_objects(bucket, prefix=prefix, recursive=True)
-            return [ObjectInfo(f"s3://{bucket}/{item.object_name}", item.size or 0) for item in found if not item.is_dir]
+            return [
+                ObjectInfo(f"s3://{bucket}/{item.object_name}", item.size or 0) for item in found if not item.is_dir
+            ]
 
     def delete(self, uri: str) -> None:
         bucket, key = self._split(uri)

@@ -59,12 +59,18 @@ def write_part(uri: str, rows: list[Row], schema: Mapping[str, str]) -> LayerPar
     arrow = _arrow_schema(schema)
     for row in rows:
         if extra := sorted(set(row) - set(arrow.names)):
-            raise DataError(f"{uri}: row '{row.get('key')}' has columns {extra} that the layer's schema lacks: {arrow.names}")
+            raise DataError(
+                f"{uri}: row '{row.get('key')}' has columns {extra} that the layer's schema lacks: {arrow.names}"
+            )
     json_columns = [name for name, kind in schema.items() if kind == "json"]
 
     def cell(row: Row, name: str) -> Any:
         value = row.get(name)
-        return json.dumps(value, sort_keys=True, ensure_ascii=False) if name in json_columns and value is not None else value
+        return (
+            json.dumps(value, sort_keys=True, ensure_ascii=False)
+            if name in json_columns and value is not None
+            else value
+        )
 
     table = pa.table({name: [cell(row, name) for row in rows] for name in arrow.names}, schema=arrow)
     buffer = io.BytesIO()
@@ -81,7 +87,9 @@ def _rows(data: bytes, uri: str) -> list[Row]:
     try:
         table = pq.read_table(io.BytesIO(data))
     except pa.ArrowException as error:
-        raise DataError(f"{uri}: {len(data)} bytes that are not Parquet ({error}); delete it and run the step again") from error
+        raise DataError(
+            f"{uri}: {len(data)} bytes that are not Parquet ({error}); delete it and run the step again"
+        ) from error
     kinds = json.loads((table.schema.metadata or {}).get(b"vlmflow.kinds", b"{}"))
     rows = table.to_pylist()
     for name in kinds:
@@ -102,7 +110,9 @@ def read_layer(manifest: Manifest, name: str, scratch: Any = None) -> dict[str, 
     return {key: row for part in manifest.layer(name).parts for key, row in read_part(part, scratch).items()}
 
 
-def _layer_digest(manifest: Manifest, name: str, params: dict, version: int, schema: Mapping[str, str], reads: Iterable[str]) -> str:
+def _layer_digest(
+    manifest: Manifest, name: str, params: dict, version: int, schema: Mapping[str, str], reads: Iterable[str]
+) -> str:
     upstream = {read: manifest.layer(read).digest for read in sorted(reads)}
     return digest({"step": name, "version": version, "params": params, "schema": dict(schema), "reads": upstream})
 
@@ -192,13 +202,17 @@ def seal_layer(
     summary: dict[str, Any] | None = None,
 ) -> Manifest:
     """Write a layer whose rows were computed over all shards at once (a global ranking); ``rows`` by sample key."""
-    layer_digest = _layer_digest(manifest, name, {**params, "manifest": [s.sha256 for s in manifest.shards]}, version, schema, reads)
+    layer_digest = _layer_digest(
+        manifest, name, {**params, "manifest": [s.sha256 for s in manifest.shards]}, version, schema, reads
+    )
     parts = []
     for shard in manifest.shards:
         reader = ShardReader(shard, ctx.scratch)
         mine = [rows[key] for key in reader.keys() if key in rows]
         parts.append(write_part(_part_uri(ctx.root, name, layer_digest, shard), _in_order(mine, reader, name), schema))
-    return _seal(ctx, manifest, name, LayerRef(step=name, digest=layer_digest, params=params, parts=parts, summary=summary or {}))
+    return _seal(
+        ctx, manifest, name, LayerRef(step=name, digest=layer_digest, params=params, parts=parts, summary=summary or {})
+    )
 
 
 def _in_order(rows: Iterable[Row], reader: ShardReader, name: str) -> list[Row]:
@@ -210,7 +224,9 @@ def _in_order(rows: Iterable[Row], reader: ShardReader, name: str) -> list[Row]:
             "A step must give every sample a row, with an error where it failed; this is a defect of the step."
         )
     if extra := sorted(set(by_key) - set(keys)):
-        raise DataError(f"step '{name}' on {reader.uri}: rows for samples that the shard does not hold, e.g. '{extra[0]}'")
+        raise DataError(
+            f"step '{name}' on {reader.uri}: rows for samples that the shard does not hold, e.g. '{extra[0]}'"
+        )
     return [by_key[key] for key in keys]
 
 

@@ -52,7 +52,7 @@ def write_shard(path: str | Path, samples: Iterable[Sample]) -> int:
     unsealed = path.with_name(path.name + ".unsealed")
     try:
         write_atomically(unsealed, fill)
-        write_atomically(temporary_index, lambda file: file.write(canonical(index)) and None)
+        write_atomically(temporary_index, lambda file: file.write(canonical(index)))
         unsealed.replace(path)
     finally:
         unsealed.unlink(missing_ok=True)

@@ -85,7 +85,9 @@ def publish(ctx: Context, local_dir: str | Path, name: str, lineage: ModelLineag
     """
     files = describe_files(local_dir)
     if not any(f.path.endswith(".safetensors") for f in files):
-        raise ModelError(f"{local_dir} has no *.safetensors among its {len(files)} files; nothing to publish as model '{name}'")
+        raise ModelError(
+            f"{local_dir} has no *.safetensors among its {len(files)} files; nothing to publish as model '{name}'"
+        )
     uri = storage.join(ctx.root, "models", key)
     for file in files:
         storage.put_file(Path(local_dir) / file.path, storage.join(uri, file.path))

@@ -1,0 +1,241 @@
+"""The recipe: one YAML that says which model, from which data, by which stages.
+
+Everything a user types is checked here, before anything starts: unknown fields, wrong types and units, and
+combinations that cannot work. Sections live in ``recipe_*.py``; this file joins them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from vlmflow.errors import RecipeError
+from vlmflow.recipe_base import Name, Section
+from vlmflow.recipe_data import CurationSpec, DatasetSpec, PullSpec
+from vlmflow.recipe_model import ModelSpec
+from vlmflow.recipe_results import EvaluationSpec, ExportSpec, RegistrySpec, SoupSpec
+from vlmflow.recipe_stage import DataUse, StageSpec
+
+STAGE_DATASETS = "stages, bootstrap and soup.candidates"
+
+
+class Recipe(Section):
+    """A whole training run, from tables of URLs to an exported model."""
+
+    version: Literal[1] = Field(1, description="version of the recipe format")
+    name: Name = Field(description="name of the run and of the model it makes")
+    description: str = Field("", description="one line for people")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
+    model: ModelSpec
+    data: dict[Name, DatasetSpec] = Field(min_length=1, description="datasets by name")
+    pull: PullSpec = Field(default_factory=PullSpec)
+    curation: CurationSpec = Field(default_factory=CurationSpec)
+    bootstrap: StageSpec | None = Field(
+        None, description="first training of the model that captions and scores (POINTS' P)"
+    )
+    stages: dict[Name, StageSpec] = Field(min_length=1, description="training stages, in order")
+    soup: SoupSpec | None = Field(None, description="candidates and how they are combined")
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
+    registry: RegistrySpec
+    export: ExportSpec = Field(default_factory=ExportSpec)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        problems = [*self._dataset_problems(), *self._soup_problems(), *self._stage_problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def uses(self) -> list[tuple[str, StageSpec | None, DataUse]]:
+        """Every place that names a dataset for training: (field path, stage, use)."""
+        found: list[tuple[str, StageSpec | None, DataUse]] = []
+        if self.bootstrap:
+            found += [(f"bootstrap.data[{i}]", self.bootstrap, use) for i, use in enumerate(self.bootstrap.data)]
+        for name, stage in self.stages.items():
+            found += [(f"stages.{name}.data[{i}]", stage, use) for i, use in enumerate(stage.data)]
+        if self.soup:
+            stage_of = self.stages.get(self.soup.stage)
+            for name, uses in self.soup.candidates.items():
+                found += [(f"soup.candidates.{name}[{i}]", stage_of, use) for i, use in enumerate(uses)]
+        return found
+
+    def _dataset_problems(self) -> list[str]:
+        problems = []
+        named = [(field, use.dataset, use.sources) for field, _, use in self.uses()]
+        named += (
+            [(f"curation.{step}.dataset", self.curation.dataset, None) for step in ("*",)]
+            if self.curation.dataset
+            else []
+        )
+        named += [(f"model.tokenizer.train_on[{i}]", d, None) for i, d in enumerate(self.model.tokenizer.train_on)]
+        for field, dataset, sources in named:
+            if dataset not in self.data:
+                problems.append(f"{field}: dataset '{dataset}' is not in data; defined are {sorted(self.data)}")
+                continue
+            known = self.data[dataset].sources
+            for source in sources or []:
+                if source not in known:
+                    problems.append(f"{field}: dataset '{dataset}' has no source '{source}'; it has {sorted(known)}")
+        for field, _, use in self.uses():
+            if (
+                use.text in ("ocr", "synthetic", "fused")
+                and use.dataset in self.data
+                and use.dataset != self.curation.dataset
+            ):
+                problems.append(
+                    f"{field}: text '{use.text}' is made by curation, which works on dataset '{self.curation.dataset}', not on "
+                    f"'{use.dataset}'"
+                )
+            if use.keep and use.dataset != self.curation.dataset:
+                problems.append(
+                    f"{field}: keep needs the perplexity filter, which runs on dataset '{self.curation.dataset}' only"
+                )
+        return problems
+
+    def _soup_problems(self) -> list[str]:
+        if not self.soup:
+            return []
+        problems = []
+        if self.soup.stage not in self.stages:
+            problems.append(f"soup.stage: '{self.soup.stage}' is not a stage; stages are {list(self.stages)}")
+        elif self.soup.stage != list(self.stages)[-1]:
+            problems.append(f"soup.stage: '{self.soup.stage}' must be the last stage; the order is {list(self.stages)}")
+        if self.soup.maximum > len(self.soup.candidates):
+            problems.append(
+                f"soup.maximum: {self.soup.maximum} models are asked for, but there are {len(self.soup.candidates)} candidates"
+            )
+        if not self.evaluation.benchmarks:
+            problems.append("soup: greedy and maximum need scores, but evaluation.benchmarks is empty")
+        return problems
+
+    def _stage_problems(self) -> list[str]:
+        problems = []
+        for name, stage in [("bootstrap", self.bootstrap), *((f"stages.{n}", s) for n, s in self.stages.items())]:
+            if stage and stage.packs % stage.processes:
+                problems.append(
+                    f"{name}.packs: {stage.packs} packs a step cannot be dealt to {stage.processes} processes evenly; "
+                    f"use a multiple of {stage.processes}"
+                )
+        if "bootstrap" in self.stages:
+            problems.append("stages.bootstrap: this name is reserved for the section 'bootstrap'")
+        return problems
+
+
+def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Set ``section.key=value`` pairs (value read as YAML) in a plain recipe dictionary.
+
+    Raises:
+        RecipeError: no ``=``, or a path through something that is not a section.
+    """
+    import yaml
+
+    for item in overrides:
+        path, sep, text = item.partition("=")
+        if not sep or not path:
+            raise RecipeError(f"override '{item}': expected section.key=value, for example stages.sft.epochs=2")
+        node: Any = raw
+        *parents, last = path.strip().split(".")
+        for depth, part in enumerate(parents):
+            if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+                node = node[int(part)]
+            elif isinstance(node, dict):
+                node = node.setdefault(part, {})
+            else:
+                raise RecipeError(
+                    f"override '{item}': '{'.'.join(parents[:depth])}' is not a section and has no field '{part}'"
+                )
+        value = yaml.safe_load(text)
+        if isinstance(node, list) and last.isdigit() and int(last) < len(node):
+            node[int(last)] = value
+        elif isinstance(node, dict):
+            node[last] = value
+        else:
+            raise RecipeError(f"override '{item}': '{'.'.join(parents)}' is not a section and has no field '{last}'")
+    return raw
+
+
+def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read, override and check a recipe.
+
+    Raises:
+        RecipeError: listing every wrong field with what is allowed there.
+    """
+    import yaml
+
+    from vlmflow import storage
+
+    try:
+        raw = yaml.safe_load(storage.read_bytes(str(path)))
+    except yaml.YAMLError as error:
+        raise RecipeError(f"{path} is not YAML: {error}") from error
+    if not isinstance(raw, dict):
+        raise RecipeError(
+            f"{path} holds a {type(raw).__name__}, not a recipe (a mapping with name, model, data, stages, ...)"
+        )
+    return parse(apply_overrides(raw, list(overrides or [])), str(path))
+
+
+def parse(raw: dict[str, Any], where: str = "recipe") -> Recipe:
+    """Check a plain dictionary. Raises RecipeError listing every problem at once."""
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        lines = [line for problem in error.errors() for line in _explain(problem, raw)]
+        raise RecipeError(f"{where}: {len(lines)} problem(s)\n" + "\n".join(f"  - {line}" for line in lines)) from None
+
+
+def _explain(problem: Any, raw: dict[str, Any]) -> list[str]:
+    location = [str(part) for part in problem["loc"]]
+    field = ".".join(location) or "recipe"
+    if problem["type"] == "extra_forbidden":
+        siblings = _fields_at(location[:-1])
+        close = difflib.get_close_matches(location[-1], siblings, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else ""
+        return [f"{field}: no such field{hint} Allowed here: {', '.join(sorted(siblings))}"]
+    if problem["type"] == "missing":
+        return [f"{field}: this field is required"]
+    message = re.sub(r"^Value error, ", "", problem["msg"])
+    if not location:
+        return message.split("\n")
+    value = problem.get("input")
+    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
+    return [f"{field}: {message}{shown}"]
+
+
+def _fields_at(location: list[str]) -> list[str]:
+    """Field names of the section at a path, found through the schema."""
+    schema = Recipe.model_json_schema()
+    node: dict[str, Any] = schema
+
+    def resolve(part: dict[str, Any]) -> dict[str, Any]:
+        while True:
+            options = [o for o in part.get("anyOf", []) if o.get("type") != "null"]
+            if "$ref" in part:
+                part = schema["$defs"][part["$ref"].rsplit("/", 1)[-1]]
+            elif options:
+                part = options[0]
+            else:
+                return part
+
+    for name in location:
+        node = resolve(node)
+        if name in node.get("properties", {}):
+            node = node["properties"][name]
+        elif name.isdigit() and "items" in node:
+            node = node["items"]
+        elif isinstance(node.get("additionalProperties"), dict):
+            node = node["additionalProperties"]
+        else:
+            return []
+    return list(resolve(node).get("properties", {}))
+
+
+def dump(recipe: Recipe) -> str:
+    """YAML of a resolved recipe, defaults included; ``load`` reads it back to an equal recipe."""
+    import yaml
+
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

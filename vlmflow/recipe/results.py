@@ -1,0 +1,78 @@
+"""Recipe sections ``soup``, ``evaluation``, ``registry`` and ``export``: from candidates to a model people can use."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from vlmflow.recipe.base import Name, Section, Share
+from vlmflow.recipe.stage import DataUse
+
+SoupKind = Literal["maximum", "average", "greedy"]
+
+
+class SoupSpec(Section):
+    """Candidates that share a start, and how their weights are combined (points.md 7)."""
+
+    stage: Name = Field(description="the stage that is trained once per candidate")
+    candidates: dict[Name, list[DataUse]] = Field(
+        min_length=1, description="extra data of each candidate, added to the stage's own"
+    )
+    maximum: int = Field(2, ge=1, description="models in the maximum soup (p)")
+    choose: Literal["greedy", "maximum", "average", "best"] = Field(
+        "greedy", description="best = highest selection score of all"
+    )
+
+
+class BenchmarkSpec(Section):
+    """One benchmark in VLMEvalKit's TSV format."""
+
+    table: str = Field(description="URI of the .tsv")
+    kind: Literal["reading", "multiple_choice", "yes_no"]
+    suffix: str = Field("", description="text put after every question")
+    numbers: bool = Field(False, description="reading: 'seven' and '7' count as equal")
+    chance: Share | None = Field(None, description="score of guessing; None = derived from the questions")
+    max_tiles: int | None = Field(None, ge=1, description="tile limit at test time; None = the model's")
+    max_new_tokens: int | None = Field(None, ge=1)
+
+
+class EvaluationSpec(Section):
+    """Benchmarks; soups and gates use the selection split, reports use the other."""
+
+    benchmarks: dict[Name, BenchmarkSpec] = Field(default_factory=dict)
+    selection_fraction: float = Field(
+        0.4, gt=0, lt=1, description="share used for selection where the TSV has no split column"
+    )
+    max_new_tokens: int = Field(32, ge=1)
+    batch: int = Field(64, ge=1)
+
+
+class GatesSpec(Section):
+    """What a candidate must show to be promotable."""
+
+    floors: dict[Name, Share] = Field(default_factory=dict, description="least score by benchmark, report split")
+    times_chance: dict[Name, float] = Field(default_factory=dict, description="least multiple of chance by benchmark")
+    beats_untrained: bool = Field(True, description="every benchmark's score must be above the untrained model's")
+
+
+class RegistrySpec(Section):
+    """Names in the MLflow registry; training writes only NAME-candidates."""
+
+    model: Name = Field(description="registered model NAME; versions go to NAME-candidates")
+    experiment: str = Field("vlmflow", min_length=1, description="MLflow experiment")
+    gates: GatesSpec = Field(default_factory=GatesSpec)
+
+
+class ExportSpec(Section):
+    """The Hugging Face folder."""
+
+    licence: str = Field("other", description="licence tag of the model card")
+    shard_bytes: int = Field(5_000_000_000, ge=1_000_000, description="largest safetensors file in bytes")
+    examples: int = Field(6, ge=1, le=100, description="held-out questions used in the smoke test")
+
+    @model_validator(mode="after")
+    def _named(self) -> ExportSpec:
+        if not self.licence.strip():
+            raise ValueError("licence: give a licence tag, or 'other'")
+        return self
