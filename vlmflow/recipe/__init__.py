@@ -1,7 +1,7 @@
 """The recipe: one YAML that says which model, from which data, by which stages.
 
 Everything a user types is checked here, before anything starts: unknown fields, wrong types and units, and
-combinations that cannot work. Sections live in ``recipe_*.py``; this file joins them.
+combinations that cannot work. Sections live in the modules beside; this file joins them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from vlmflow.errors import RecipeError
-from vlmflow.recipe_base import Name, Section
-from vlmflow.recipe_data import CurationSpec, DatasetSpec, PullSpec
-from vlmflow.recipe_model import ModelSpec
-from vlmflow.recipe_results import EvaluationSpec, ExportSpec, RegistrySpec, SoupSpec
-from vlmflow.recipe_stage import DataUse, StageSpec
+from vlmflow.recipe.base import Name, Section
+from vlmflow.recipe.data import CurationSpec, DatasetSpec, PullSpec
+from vlmflow.recipe.model import ModelSpec
+from vlmflow.recipe.results import EvaluationSpec, ExportSpec, RegistrySpec, SoupSpec
+from vlmflow.recipe.stage import DataUse, StageSpec
 
 STAGE_DATASETS = "stages, bootstrap and soup.candidates"
 

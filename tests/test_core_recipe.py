@@ -1,0 +1,60 @@
+"""Recipes: what is wrong is refused before anything starts, with the field and what is allowed."""
+
+import pytest
+
+from vlmflow import recipe
+from vlmflow.errors import RecipeError
+
+RECIPES = ["recipes/points-tiny.yaml", "recipes/points-9b.yaml"]
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_shipped_recipes_are_valid_and_survive_a_round_trip(path, tmp_path):
+    loaded = recipe.load(path)
+    (tmp_path / "r.yaml").write_text(recipe.dump(loaded))
+    assert recipe.load(tmp_path / "r.yaml") == loaded
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("curation.keep.fracton=0.3", "curation.keep.fracton: no such field; did you mean 'fraction'"),
+        ("curation.keep.fraction=20", "curation.keep.fraction: Input should be less than or equal to 1"),
+        ("pull.timeout=soon", "pull.timeout: Input should be a valid number"),
+        ("model.family=llava", "model.family: Input should be 'points'"),
+        ("model.tiling.tile=57", "even number of patches"),
+        ("stages.sft.data.0.dataset=nowhere", "dataset 'nowhere' is not in data; defined are"),
+        ("stages.sft.data.0.sources=[none]", "has no source 'none'"),
+        ("stages.sft.prompt=continuation", "conversations can only be learned in chat style"),
+        ("stages.ocr.data.0.dataset=seed", "text 'ocr' is made by curation"),
+        ("soup.maximum=99", "99 models are asked for"),
+        ("soup.stage=ocr", "must be the last stage"),
+        ("stages.sft.processes=3", "cannot be dealt to 3 processes"),
+        ("stages.sft.train.0.lr=3", "Input should be less than 1"),
+        ("stages.sft.train.0.modules=re:(", "not a regular expression"),
+    ],
+)
+def test_wrong_recipes_are_refused(override, message):
+    with pytest.raises(RecipeError) as error:
+        recipe.load(RECIPES[0], [override])
+    assert message in str(error.value)
+
+
+def test_all_problems_are_listed_at_once():
+    with pytest.raises(RecipeError, match=r"2 problem\(s\)"):
+        recipe.load(RECIPES[0], ["seed=-1", "name=UPPER"])
+
+
+@pytest.mark.parametrize("override", ["seed", "name.x=1", "=3"])
+def test_bad_overrides(override):
+    with pytest.raises(RecipeError, match="override"):
+        recipe.load(RECIPES[0], [override])
+
+
+def test_not_yaml_and_not_a_recipe(tmp_path):
+    (tmp_path / "a.yaml").write_text("a: [")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        recipe.load(tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("- 1")
+    with pytest.raises(RecipeError, match="holds a list"):
+        recipe.load(tmp_path / "b.yaml")
