@@ -58,3 +58,17 @@ def test_not_yaml_and_not_a_recipe(tmp_path):
     (tmp_path / "b.yaml").write_text("- 1")
     with pytest.raises(RecipeError, match="holds a list"):
         recipe.load(tmp_path / "b.yaml")
+
+
+def test_both_learning_rate_orders_are_presets():
+    rates = {
+        preset: [
+            rule.lr
+            for stage in ("ocr", "align")
+            for rule in recipe.load(RECIPES[1], [f"preset={preset}"]).stages[stage].train
+        ]
+        for preset in ("vit-first", "mlp-first")
+    }
+    assert rates == {"vit-first": [2e-4, 2e-5, 2e-4, 2e-5], "mlp-first": [2e-5, 2e-4, 2e-5, 2e-4]}
+    with pytest.raises(RecipeError, match="no preset 'other'"):
+        recipe.load(RECIPES[1], ["preset=other"])

@@ -29,6 +29,9 @@ class Recipe(Section):
     version: Literal[1] = Field(1, description="version of the recipe format")
     name: Name = Field(description="name of the run and of the model it makes")
     description: str = Field("", description="one line for people")
+    presets: dict[Name, list[str]] = Field(
+        default_factory=dict, description="named lists of overrides, used as preset=NAME"
+    )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
     model: ModelSpec
     data: dict[Name, DatasetSpec] = Field(min_length=1, description="datasets by name")
@@ -176,7 +179,24 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(
             f"{path} holds a {type(raw).__name__}, not a recipe (a mapping with name, model, data, stages, ...)"
         )
-    return parse(apply_overrides(raw, list(overrides or [])), str(path))
+    return parse(apply_overrides(raw, _expand_presets(raw, overrides or [])), str(path))
+
+
+def _expand_presets(raw: dict[str, Any], overrides: list[str]) -> list[str]:
+    """Replace each ``preset=NAME`` by the recipe's own list, in place, so that later overrides still win."""
+    presets = raw.get("presets") or {}
+    expanded: list[str] = []
+    for item in overrides:
+        name = item.removeprefix("preset=")
+        if name == item:
+            expanded.append(item)
+        elif name in presets:
+            expanded += presets[name]
+        else:
+            raise RecipeError(
+                f"override '{item}': this recipe has no preset '{name}'; it has {sorted(presets) or 'none'}"
+            )
+    return expanded
 
 
 def parse(raw: dict[str, Any], where: str = "recipe") -> Recipe:
