@@ -103,8 +103,8 @@ class PointsModel(PointsPreTrainedModel):
 
     def __init__(self, config: PointsConfig) -> None:
         super().__init__(config)
-        self.vision_tower = _tower(config.vision_config)
-        self.vision_tower_ocr = _tower(config.vision_ocr_config)
+        self.vision_tower = trim_tower(CLIPVisionModel(config.vision_config))
+        self.vision_tower_ocr = trim_tower(CLIPVisionModel(config.vision_ocr_config))
         self.multi_modal_projector = PointsProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         self.post_init()
@@ -332,10 +332,9 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
         return input_ids, model_kwargs
 
 
-def _tower(config: Any) -> CLIPVisionModel:
-    """A CLIP encoder without what POINTS never uses: the last layer and the post-layernorm (they would get no
+def trim_tower(tower: CLIPVisionModel) -> CLIPVisionModel:
+    """Take from a CLIP encoder what POINTS never uses: the last layer and the post-layernorm (they would get no
     gradient, waste optimizer state and make data-parallel training report unused parameters)."""
-    tower = CLIPVisionModel(config)
     tower.encoder.layers = tower.encoder.layers[:-1]
     tower.post_layernorm = nn.Identity()
     return tower
