@@ -94,7 +94,7 @@ def _print(mask: Image.Image, rng: np.random.Generator) -> Image.Image:
     ink = np.array(_INKS[int(rng.integers(len(_INKS)))], dtype=np.float32)
     paper = np.array(_PAPERS[int(rng.integers(len(_PAPERS)))], dtype=np.float32)
     cover = np.asarray(mask, dtype=np.float32)[:, :, None] / 255.0
-    pixels = cover * ink + (1 - cover) * paper + rng.normal(0, 3.0, size=(*cover.shape[:2], 1))
+    pixels = cover * ink + (1 - cover) * paper + rng.normal(0, 2.0, size=(*cover.shape[:2], 1))
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8), "RGB")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from vlmflow.demo import draw, wording
-from vlmflow.evaluation.prompts import question_text
+from vlmflow.demo.wording import question_text
 
 SPLITS = {"seed": 0.18, "web": 0.23, "sft": 0.42, "benchmark": 0.17}
 """Share of the digit scans that each part of the demo may draw."""
@@ -72,7 +72,9 @@ class Plan:
         return draw.digit(index, rng), int(self._labels[index])
 
     def _word(self, i: int, rng: np.random.Generator, fonts: tuple[str, ...]) -> tuple[Image.Image, str]:
-        text = wording.VOCABULARY[i % len(wording.VOCABULARY)]
+        """The `i`-th word of a table: every run of 24 holds each word once, in its own order."""
+        run, place = divmod(i, len(wording.VOCABULARY))
+        text = wording.VOCABULARY[self.rng("words", run).permutation(len(wording.VOCABULARY))[place]]
         return draw.word(text, fonts[int(rng.integers(len(fonts)))], rng), text
 
     def _chart(self, rng: np.random.Generator) -> tuple[Image.Image, int, str]:
@@ -106,10 +108,12 @@ class Plan:
     def web(self) -> Iterator[Row]:
         """The web set: alt texts of web quality, some with planted rare facts, some links broken (`fault`)."""
         faults = self._faults()
+        share = round(self.sizes.web * self.sizes.planted)
+        facts = set(self.rng("planted", 0).permutation(self.sizes.web)[:share].tolist())
         for i in range(self.sizes.web):
             rng = self.rng("web", i)
             kind, image, label = self._mixed("web", i, rng)
-            planted = bool(rng.random() < self.sizes.planted)
+            planted = i in facts
             text = wording.rare_fact(kind, label, rng) if planted else wording.alt_text(kind, label, rng)
             fault = faults.get(i, "moved" if i % 50 == 3 else "slow" if i == 5 else "none")
             yield Row(kind, label, draw.png(image), {"text": text, "planted": planted, "fault": fault})

@@ -93,3 +93,11 @@ def rare_fact(kind: str, label: str, rng: np.random.Generator) -> str:
             f"{lead}, firmware {number % 7}.{number % 83}.{number} build {code}",
         ),
     )
+
+
+def question_text(row: dict[str, str], kind: str) -> str:
+    """The question as the evaluation puts it to a model."""
+    if kind != "multiple_choice":
+        return row["question"]
+    options = "".join(f"{letter}. {row[letter]}\n" for letter in "ABCD")
+    return f"Question: {row['question']}\nOptions:\n{options}Please select the correct answer from the options above."
