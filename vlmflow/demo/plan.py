@@ -33,8 +33,8 @@ class Sizes:
     describe: int = 200
     digits: int = 300
     words: int = 150
-    mcq: int = 150
-    yesno: int = 150
+    mcq: int = 160
+    yesno: int = 160
     broken: float = 0.06
     planted: float = 0.12
 

@@ -38,7 +38,9 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
 def caption(kind: str, label: str, rng: np.random.Generator) -> str:
     """A short clean caption of a picture of `kind` (digit, word, bars, pair) that shows `label`."""
     if kind == "digit":
-        return _pick(rng, (f"the handwritten digit {label}.", f"a handwritten {label}.", f"a scan of the digit {label}."))
+        return _pick(
+            rng, (f"the handwritten digit {label}.", f"a handwritten {label}.", f"a scan of the digit {label}.")
+        )
     if kind == "word":
         return _pick(rng, (f"the word {label}.", f"a sign that says {label}.", f"the printed word {label}."))
     if kind == "pair":
