@@ -137,7 +137,8 @@ class BarPlotter:
     def draw(self, heights: list[int], rng: np.random.Generator) -> Image.Image:
         """A plot with one bar a height (1..10), left to right A, B, C ..., in one colour on a light background."""
         hue = _BARS[int(rng.integers(len(_BARS)))]
-        self._figure.set_facecolor(tuple(c / 255 for c in _PAPERS[int(rng.integers(len(_PAPERS)))]))
+        red, green, blue = _PAPERS[int(rng.integers(len(_PAPERS)))]
+        self._figure.set_facecolor((red / 255, green / 255, blue / 255))
         for i, bar in enumerate(self._bars):
             bar.set_visible(i < len(heights))
             if i < len(heights):

@@ -126,7 +126,7 @@ class Plan:
         return {int(row): name for row, name in zip(rows, names, strict=False)}
 
     def base(self) -> Iterator[Row]:
-        """The base tuning set: of every ten rows four read a digit, three read a word, the rest choose or say yes/no."""
+        """The base tuning set: six rows of ten read a digit or a word, two choose, two say yes or no."""
         digits = words = 0
         for i in range(self.sizes.base):
             rng = self.rng("base", i)
