@@ -99,7 +99,9 @@ def rare_fact(kind: str, label: str, rng: np.random.Generator) -> str:
 
 def question_text(row: dict[str, str], kind: str) -> str:
     """The question as the evaluation puts it to a model."""
-    if kind != "multiple_choice":
-        return row["question"]
-    options = "".join(f"{letter}. {row[letter]}\n" for letter in "ABCD")
-    return f"Question: {row['question']}\nOptions:\n{options}Please select the correct answer from the options above."
+    lines = [row["question"], *(f"{letter}. {row[letter]}" for letter in "ABCD" if letter in row)]
+    if kind == "multiple_choice":
+        lines.append("Answer with the option's letter from the given choices directly.")
+    if kind == "yes_no":
+        lines.append("Please answer yes or no.")
+    return "\n".join(lines)
