@@ -18,7 +18,9 @@ def encode(image, kind="PNG", **options):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize(("mode", "kind"), [("RGB", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("1", "PNG"), ("P", "PNG")])
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("RGB", "JPEG"), ("CMYK", "JPEG"), ("L", "PNG"), ("1", "PNG"), ("P", "PNG")]
+)
 def test_modes_become_rgb(mode, kind):
     image = decode(encode(Image.new("RGB", (9, 7), (255, 255, 255)).convert(mode), kind))
     assert image.mode == "RGB" and image.size == (9, 7)

@@ -134,6 +134,7 @@ class VLM:
                     pixel_values=self._pixels(rows),
                     max_new_tokens=max_new_tokens,
                     do_sample=False,
+                    suppress_tokens=[self.model.config.image_token_id],
                     eos_token_id=self.end,
                     pad_token_id=pad,
                 )

@@ -83,9 +83,7 @@ def _tokenizer(ctx: Context, datasets: dict[str, Manifest]) -> Any:
 
     spec = ctx.recipe.model
     if _trains(spec):
-        texts = (
-            text for name in spec.tokenizer.train_on for text in corpus(_dataset(datasets, name), ctx.scratch)
-        )
+        texts = (text for name in spec.tokenizer.train_on for text in corpus(_dataset(datasets, name), ctx.scratch))
         return tokenizers.train(texts, spec.tokenizer.train_vocab)
     source = spec.tokenizer.source or spec.language.source
     revision = None if spec.tokenizer.source else spec.language.revision

@@ -49,7 +49,9 @@ def train(texts: Iterable[str], vocab: int) -> Any:
     )
     backend.train_from_iterator(corpus, trainer)
     return prepare(
-        PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False)
+        PreTrainedTokenizerFast(
+            tokenizer_object=backend, eos_token=END, pad_token=PAD, clean_up_tokenization_spaces=False
+        )
     )
 
 

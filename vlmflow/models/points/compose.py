@@ -60,6 +60,8 @@ def compose(model: Any, tokenizer: Any, image_token_id: int, seed: int, dtype: t
     whole.generation_config.eos_token_id = eos
     whole.generation_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
     whole.generation_config.do_sample = False
+    # A placeholder that the model itself wrote would have no image; an untrained model does write it.
+    whole.generation_config.suppress_tokens = [image_token_id]
     return whole.eval()
 
 
@@ -70,7 +72,9 @@ def _encoder(part: Any, side: int, dtype: torch.dtype | None, where: str) -> CLI
                 part.source, revision=part.revision, dtype=dtype or "auto", output_loading_info=True, **part.config
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{where}.source: cannot read a CLIP vision model from '{part.source}': {error}") from error
+            raise ModelError(
+                f"{where}.source: cannot read a CLIP vision model from '{part.source}': {error}"
+            ) from error
         if info["missing_keys"]:
             some = sorted(info["missing_keys"])
             raise ModelError(
