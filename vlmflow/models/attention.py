@@ -11,6 +11,7 @@ length and go through one causal SDPA a group: a padded key lies behind every re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -158,7 +159,7 @@ def _make_plan(cu_seq_lens: torch.Tensor, total: int) -> _Plan:
             "every token, padding included, must belong to a segment"
         )
     device = cu_seq_lens.device
-    segments = [(end - start, start) for start, end in zip(bounds, bounds[1:], strict=False) if end > start]
+    segments = [(end - start, start) for start, end in pairwise(bounds) if end > start]
     if len({length for length, _ in segments}) == 1:
         return _Plan((_Group(torch.empty(0, dtype=torch.long), len(segments), segments[0][0]),), None)
     segments.sort(key=lambda pair: (-pair[0], pair[1]))

@@ -77,7 +77,9 @@ def render(
         return render_caption(text, images, style, instruction, key)
     turns = source if isinstance(source, list) else (getattr(source, "meta", None) or {}).get("conversations")
     if not turns:
-        raise DataError(f"sample '{key}' has no conversations; give it a text field or choose another `text` in the stage")
+        raise DataError(
+            f"sample '{key}' has no conversations; give it a text field or choose another `text` in the stage"
+        )
     if style != "chat":
         raise DataError(f"sample '{key}' is a conversation, which needs style 'chat', not '{style}'")
     return render_conversation(turns, images, key)
@@ -132,7 +134,9 @@ def render_conversation(turns: Sequence[dict[str, str]], images: int, key: str =
             content, seen = _place(value, seen)
             segments += _turn(role, content)[:-1]
     if not answers:
-        raise DataError(f"sample '{key}' has {len(turns)} turns and none of the assistant; nothing could be learnt from it")
+        raise DataError(
+            f"sample '{key}' has {len(turns)} turns and none of the assistant; nothing could be learnt from it"
+        )
     return segments
 
 

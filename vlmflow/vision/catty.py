@@ -19,8 +19,8 @@ from PIL import Image
 class CattyPlan(NamedTuple):
     """Where CATTY cuts an image. Sizes in pixels; `columns * rows + 1` tiles come out (the last is the thumbnail)."""
 
-    columns: int  # tiles across (nw)
-    rows: int  # tiles down (nh)
+    columns: int  # windows across (nw)
+    rows: int  # windows down (nh)
     shrunk: tuple[int, int]  # (width, height) after the extreme-ratio step; the input size when the ratio is normal
     resized: tuple[int, int]  # (width, height) of the picture that is cut
     stride: tuple[int, int]  # (x, y) step between windows; the tile side where there is a single window
@@ -80,11 +80,19 @@ def catty_plan(width: int, height: int, tile: int = 336, max_tiles: int = 8) -> 
     else:
         target_height = rows * tile
         target_width = width * target_height // height
-    stride_x = (target_width - tile) // (columns - 1) if columns > 1 else 0
-    stride_y = (target_height - tile) // (rows - 1) if rows > 1 else 0
-    return CattyPlan(
-        columns, rows, (width, height), (target_width, target_height), (stride_x or tile, stride_y or tile)
-    )
+    stride_x, columns = _windows(target_width, tile, columns)
+    stride_y, rows = _windows(target_height, tile, rows)
+    return CattyPlan(columns, rows, (width, height), (target_width, target_height), (stride_x, stride_y))
+
+
+def _windows(side: int, tile: int, count: int) -> tuple[int, int]:
+    """(stride, windows) along one axis; the stride is the tile side where there is a single window.
+
+    A picture that outgrows the tile by fewer pixels than there are steps has stride 0; the official loop then makes
+    one window there (it happens with few tiles, e.g. 1000x1001 at max_tiles 4, never at 8 or 12).
+    """
+    stride = (side - tile) // (count - 1) if count > 1 else 0
+    return (stride, count) if stride else (tile, 1)
 
 
 def catty_count(width: int, height: int, tile: int = 336, max_tiles: int = 8) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
+from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from vlmflow.errors import ModelError
 from vlmflow.models.points.configuration_points import PointsConfig, _text, _vision
@@ -23,9 +23,10 @@ def compose(model: Any, tokenizer: Any, image_token_id: int, seed: int, dtype: t
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         side = model.tiling.tile
+        remote = bool(getattr(model, "trust_remote_code", False))
         general = _encoder(model.vision, side, dtype, "model.vision")
-        ocr = _encoder(model.vision_ocr or model.vision, side, dtype, "model.vision_ocr")
-        language = _language(model.language, tokenizer, dtype)
+        ocr = _encoder(model.vision_ocr, side, dtype, "model.vision_ocr")
+        language = _language(model.language, tokenizer, dtype, remote)
         head = language.get_output_embeddings()
         if getattr(head, "bias", None) is not None:
             raise ModelError("model.language: this language model's head has a bias; POINTS' head has none")
@@ -59,15 +60,21 @@ def compose(model: Any, tokenizer: Any, image_token_id: int, seed: int, dtype: t
     whole.generation_config.eos_token_id = eos
     whole.generation_config.pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
     whole.generation_config.do_sample = False
+    # A placeholder that the model itself wrote would have no image; an untrained model does write it.
+    whole.generation_config.suppress_tokens = [image_token_id]
     return whole.eval()
 
 
 def _encoder(part: Any, side: int, dtype: torch.dtype | None, where: str) -> CLIPVisionModel:
     if part.source:
         try:
-            tower, info = CLIPVisionModel.from_pretrained(part.source, dtype=dtype or "auto", output_loading_info=True)
+            tower, info = CLIPVisionModel.from_pretrained(
+                part.source, revision=part.revision, dtype=dtype or "auto", output_loading_info=True, **part.config
+            )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{where}.source: cannot read a CLIP vision model from '{part.source}': {error}") from error
+            raise ModelError(
+                f"{where}.source: cannot read a CLIP vision model from '{part.source}': {error}"
+            ) from error
         if info["missing_keys"]:
             some = sorted(info["missing_keys"])
             raise ModelError(
@@ -81,12 +88,17 @@ def _encoder(part: Any, side: int, dtype: torch.dtype | None, where: str) -> CLI
         raise ModelError(f"{where}.config: not a CLIP vision configuration: {error}") from error
 
 
-def _language(part: Any, tokenizer: Any, dtype: torch.dtype | None) -> Any:
+def _language(part: Any, tokenizer: Any, dtype: torch.dtype | None, remote: bool) -> Any:
     size = len(tokenizer)
     if part.source:
         try:
             model, info = AutoModelForCausalLM.from_pretrained(
-                part.source, dtype=dtype or "auto", output_loading_info=True
+                part.source,
+                revision=part.revision,
+                dtype=dtype or "auto",
+                trust_remote_code=remote,
+                output_loading_info=True,
+                **part.config,
             )
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(
@@ -132,4 +144,3 @@ def _share_configs(whole: PointsForConditionalGeneration) -> None:
     config.vision_ocr_config = whole.model.vision_tower_ocr.config
     config.text_config = whole.model.language_model.config
     assert whole.model.config is config
-    assert isinstance(config.vision_config, CLIPVisionConfig) and isinstance(AutoConfig, type)

@@ -200,10 +200,10 @@ class PointsModel(PointsPreTrainedModel):
             raise ValueError("POINTS: give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, pixel_values, image_features, dummy_tiles)
-        if kwargs.get("cu_seq_lens_q") is not None and attention_mask is None:
-            if self.language_model.config._attn_implementation == "vlmflow_varlen":
-                # A ready 4-D mask is passed on as it is: no dense [N, N] mask is built; the attention ignores it.
-                attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs_embeds.device)
+        varlen = self.language_model.config._attn_implementation == "vlmflow_varlen"
+        if varlen and attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
+            # A ready 4-D mask is passed on as it is: no dense [N, N] mask is built; the attention ignores it.
+            attention_mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=inputs_embeds.device)
         return self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -315,7 +315,11 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
         return inputs
 
     def _expand_inputs_for_generation(
-        self, expand_size: int = 1, is_encoder_decoder: bool = False, input_ids: torch.Tensor | None = None, **kwargs: Any
+        self,
+        expand_size: int = 1,
+        is_encoder_decoder: bool = False,
+        input_ids: torch.Tensor | None = None,
+        **kwargs: Any,
     ) -> tuple[torch.Tensor | None, dict[str, Any]]:
         """Beams and several returned sequences: the tiles of one row stay together."""
         pixels = kwargs.pop("pixel_values", None)

@@ -1,0 +1,159 @@
+"""Packed must equal separate, for logits, losses and gradients; and each trap that breaks it must stay broken-proof."""
+
+import pytest
+import torch
+from models_tiny import build, pack, samples
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from vlmflow.models import register
+from vlmflow.models.attention import varlen_attention_forward
+from vlmflow.models.loss import packed_loss
+from vlmflow.models.points import modeling_points
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("model_type", "tie"), [("qwen2", True), ("llama", False)])
+def test_packed_equals_separate(model_type, tie):
+    model = build(model_type, tie, attention="sdpa")
+    parts = samples(model.config)
+    losses, targets, logits = 0.0, 0, []
+    for part in parts:
+        single = pack([part])
+        for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            single.pop(name)
+        loss, count = packed_loss(model, single)
+        loss.backward()
+        losses, targets = losses + loss.item(), targets + count
+        with torch.no_grad():
+            logits.append(model(**{k: v for k, v in single.items() if k != "labels"}).logits[0])
+    separate = gradients(model)
+    model.zero_grad(set_to_none=True)
+    model.set_attn_implementation("vlmflow_varlen")
+    batch = pack(parts)
+    loss, count = packed_loss(model, batch)
+    loss.backward()
+    assert count == targets and loss.item() == pytest.approx(losses, rel=1e-6)
+    together = gradients(model)
+    assert together.keys() == separate.keys()
+    scale = max(g.abs().max().item() for g in separate.values())
+    for name, gradient in separate.items():
+        assert (together[name] - gradient).abs().max().item() <= 1e-5 * scale, name
+    with torch.no_grad():
+        packed = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0]
+    assert (packed - torch.cat(logits)).abs().max().item() < 1e-5
+
+
+def test_a_segment_does_not_see_its_neighbours():
+    model = build()
+    parts = samples(model.config)
+    before = model(**pack(parts)).logits[0]
+    start, length = len(parts[0]["ids"]), len(parts[1]["ids"])
+    changed = [dict(part) for part in parts]
+    changed[0]["tiles"] = [255 - tile for tile in parts[0]["tiles"]]
+    changed[3]["ids"] = [parts[3]["ids"][0], *parts[3]["ids"][1:-2], 5, 6]
+    after = model(**pack(changed)).logits[0]
+    assert torch.equal(before[start : start + length], after[start : start + length])
+    assert not torch.allclose(before[:start], after[:start])
+
+
+def test_order_of_segments_does_not_matter():
+    model = build()
+    parts = samples(model.config)
+    forward, backward = packed_loss(model, pack(parts)), packed_loss(model, pack(parts[::-1]))
+    assert forward[0].item() == pytest.approx(backward[0].item(), rel=1e-6) and forward[1] == backward[1]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "llama"])
+def test_text_models_honour_varlen(model_type):
+    """A plain causal language model with cu_seq_lens equals sdpa on each part, also in train mode."""
+    register()
+    config = AutoConfig.for_model(
+        model_type, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, vocab_size=50, max_position_embeddings=256, initializer_range=0.2,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="vlmflow_varlen").train()
+    lengths = [3, 70, 1, 40, 8]
+    ids = torch.randint(0, 50, (1, sum(lengths)))
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = model(input_ids=ids, position_ids=positions, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds,
+                   max_length_q=70, max_length_k=70, use_cache=False).logits[0]  # fmt: skip
+    model.set_attn_implementation("sdpa")
+    alone = [model(input_ids=part, use_cache=False).logits[0] for part in ids.split(lengths, dim=1)]
+    assert (packed - torch.cat(alone)).abs().max().item() < 1e-5
+
+
+def test_sliding_window_is_kept():
+    config = {"is_causal": True, "num_key_value_groups": 1}
+    module = type("Module", (torch.nn.Module,), config)()
+    query, key, value = torch.randn(3, 1, 2, 90, 8).unbind(0)
+    bounds = torch.tensor([0, 80, 90], dtype=torch.int32)
+    out, _ = varlen_attention_forward(module, query, key, value, None, sliding_window=4, cu_seq_lens_q=bounds)
+    at = torch.arange(90)
+    segment = (at >= 80).long()
+    mask = (at[:, None] >= at) & (at[:, None] - at < 4) & (segment[:, None] == segment)
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+    assert torch.allclose(out, expected.transpose(1, 2), atol=1e-6)
+
+
+def test_lengths_must_cover_the_row():
+    model = build()
+    batch = pack(samples(model.config))
+    batch["cu_seq_lens_q"] = batch["cu_seq_lens_q"][:-1]
+    with pytest.raises(ValueError, match="cu_seq_lens runs from 0 to"):
+        model(**batch)
+
+
+def test_loss_matches_full_logits_and_chunks(monkeypatch):
+    model = build()
+    batch = pack(samples(model.config))
+    full = model(**batch)
+    summed, count = packed_loss(model, batch)
+    assert full.targets.item() == count and full.logits.shape[1] == batch["input_ids"].shape[1]
+    expected = torch.nn.functional.cross_entropy(full.logits[0, :-1], batch["labels"][0, 1:], reduction="sum")
+    assert summed.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert full.loss.item() == pytest.approx(expected.item() / count, rel=1e-6)
+    summed.backward()
+    whole = gradients(model)
+    model.zero_grad(set_to_none=True)
+    monkeypatch.setattr(modeling_points, "LOSS_ELEMENTS", 7 * model.config.text_config.vocab_size)
+    chunked, _ = packed_loss(model, batch)
+    chunked.backward()
+    assert chunked.item() == pytest.approx(summed.item(), rel=1e-6)
+    for name, gradient in gradients(model).items():
+        assert torch.allclose(gradient, whole[name], atol=1e-4), name
+
+
+def test_full_logits_are_never_built():
+    model = build()
+    rows = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[0]))
+    batch = pack(samples(model.config))
+    _, count = packed_loss(model, batch)
+    assert rows == [count] and count < batch["input_ids"].shape[1] / 2
+
+
+def test_packed_loss_of_a_transformers_model():
+    """Families on transformers' own classes go through logits_to_keep."""
+    config = AutoConfig.for_model("qwen2", hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+                                  num_attention_heads=2, num_key_value_heads=2, vocab_size=40)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    ids = torch.randint(0, 40, (1, 12))
+    labels = torch.where(torch.arange(12) % 3 == 0, ids, -100)
+    labels[0, 0] = -100
+    summed, count = packed_loss(model, {"input_ids": ids, "labels": labels})
+    expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels[0, 1:], reduction="sum")
+    assert count == 3 and summed.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_no_targets_still_reaches_the_graph():
+    model = build().train()
+    batch = pack(samples(model.config))
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    loss, count = packed_loss(model, batch)
+    loss.backward()
+    assert count == 0 and loss.item() == 0
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
