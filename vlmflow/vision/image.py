@@ -1,0 +1,66 @@
+"""Bytes to an RGB picture, safely: images come from the open web, so nothing about them is believed.
+
+The size is read from the header and checked before any pixel is decoded (decompression bombs), orientation tags are
+applied, and every colour mode ends as 8-bit RGB in the same way wherever vlmflow decodes an image.
+"""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from vlmflow.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+DEFAULT_MAX_PIXELS = 50_000_000
+
+
+def decode(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
+    """Decode `data` to an RGB image, upright.
+
+    Takes the first frame of an animation; puts transparent pictures on white; scales 16-bit and float greyscale to
+    8 bits. Raises DataError when the bytes are no image of a known format, declare more than `max_pixels` pixels, or
+    are truncated. Pillow's global bomb limit is left alone and still applies to larger sizes.
+    """
+    if not data:
+        raise DataError("the image is empty (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > max_pixels:
+                raise DataError(
+                    f"the image declares {width}x{height} = {width * height} pixels, over the limit of {max_pixels} "
+                    "(pull.max_pixels); not decoded, because such files can exhaust memory"
+                )
+            image.seek(0)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            return _to_rgb(upright)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, ValueError, struct.error, bombs
+        raise DataError(
+            f"cannot decode the image ({len(data)} bytes): {type(error).__name__}: {error}; "
+            "the file is truncated, damaged or of an unknown format"
+        ) from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    mode = image.mode
+    if mode == "RGB":
+        return image.copy()
+    if mode.startswith("I;16") or mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        if mode == "F":
+            low, high = float(values.min()), float(values.max())
+            values = (values - low) / (high - low) * 255.0 if high > low else np.zeros_like(values)
+        elif mode != "I" or values.max() > 255:
+            values = values / 257.0  # 16 bits: 65535 -> 255
+        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
+    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        rgba = image.convert("RGBA")
+        background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        return Image.alpha_composite(background, rgba).convert("RGB")
+    return image.convert("RGB")
