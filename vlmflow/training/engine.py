@@ -83,6 +83,7 @@ def make_engine(model: Any, groups: list[dict[str, Any]], optimizer: dict[str, A
     options = {"betas": tuple(optimizer["betas"]), "eps": optimizer["eps"]}
     if stage == 3:
         raise RecipeError("zero: 3 is not supported by the training loop yet; use 0, 1 or 2")
+    clip = float(optimizer["clip"] or 0.0)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -90,16 +91,15 @@ def make_engine(model: Any, groups: list[dict[str, Any]], optimizer: dict[str, A
         "gradient_allreduce_op": "sum",
         "torch_adam": True,
         "steps_per_print": None,
+        "gradient_clipping": 0.0 if stage == 0 else clip,
         "zero_optimization": {"stage": stage, "overlap_comm": False},
     }
     if dtype == "bf16":
         config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
-    clip = float(optimizer["clip"] or 0.0)
     if stage == 0:
         client: Any = ClippedAdamW(groups, clip, fused=True, **options)
     else:
         client = torch.optim.AdamW(groups, fused=True, **options)
-        config["gradient_clipping"] = clip
     engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=config, dist_init_required=False)
     return engine
 

@@ -174,8 +174,8 @@ class _Sink:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ids = open(folder / "ids.raw", "wb")
-        self.target = open(folder / "target.raw", "wb")
+        self.ids = open(folder / "ids.raw", "wb")  # noqa: SIM115
+        self.target = open(folder / "target.raw", "wb")  # noqa: SIM115
         self.start, self.tiles, self.tile_start = [0], [], [0]
         self.shard: list[int] = []
         self.row: list[int] = []

@@ -36,7 +36,7 @@ class TrainLog:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(earlier, encoding="utf-8")
         self.path = path
-        self.file = open(path, "a", encoding="utf-8")
+        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115
         self.tracker = tracker
 
     def step(self, step: int, record: dict[str, Any]) -> None:

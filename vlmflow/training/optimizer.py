@@ -198,7 +198,8 @@ def rate(step: int, steps: int, name: str, warmup: float, final: float = 0.0) ->
     """Multiplier of the peak rate for step ``step`` (0-based) of ``steps``: a pure function.
 
     Linear from 1/w to 1 over the first w = ceil(warmup * steps) steps (``warmup`` is a share), then cosine or linear
-    down to ``final`` (a share of the peak) on the last step, or constant.
+    towards ``final`` (a share of the peak), which would be reached one step after the last; or constant. So no step has
+    a rate of zero and none is wasted.
 
     Raises:
         RecipeError: an unknown schedule name.
@@ -209,6 +210,5 @@ def rate(step: int, steps: int, name: str, warmup: float, final: float = 0.0) ->
     warm = math.ceil(warmup * steps)
     if step < warm:
         return (step + 1) / warm
-    done = (step - warm) / max(1, steps - 1 - warm)
-    shape = shapes[name](min(1.0, done))
+    shape = shapes[name](min(1.0, (step - warm) / max(1, steps - warm)))
     return shape if name == "constant" else final + (1 - final) * shape
