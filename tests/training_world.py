@@ -1,0 +1,126 @@
+"""A tiny world for training tests: a byte tokenizer, a POINTS model of a few thousand parameters, one small dataset."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vlmflow import recipe as recipes
+from vlmflow.dataset.manifest import Manifest
+from vlmflow.dataset.sample import Sample
+from vlmflow.dataset.shard import describe_shard, write_shard
+from vlmflow.models.store import ModelLineage, ModelRef, publish
+from vlmflow.step import Context
+
+STAGE: dict[str, Any] = {
+    "prompt": "chat",
+    "instructions": ["describe", "what is it?"],
+    "data": [{"dataset": "seed", "text": "alt"}],
+    "train": [{"modules": "projector", "lr": 0.01}, {"modules": "language", "lr": 0.01}],
+    "optimizer": {"weight_decay": 0.01},
+    "epochs": 1,
+    "budget": {"tokens": 128, "tiles": 8},
+    "packs": 2,
+    "dtype": "fp32",
+    "checkpoint": {"every": 3, "keep": 2},
+}
+
+
+def recipe(**stage: Any) -> recipes.Recipe:
+    """A recipe with one stage ``sft``; keywords replace fields of the stage."""
+    vision = {"config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}}
+    language = {
+        "model_type": "qwen2",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": True,
+    }
+    return recipes.parse(
+        {
+            "version": 1,
+            "name": "tiny",
+            "seed": 5,
+            "model": {
+                "family": "points",
+                "vision": vision,
+                "vision_ocr": vision,
+                "language": {"config": language},
+                "tokenizer": {"train_vocab": 300, "train_on": ["seed"]},
+                "tiling": {"tile": 28, "max_tiles": 2},
+            },
+            "data": {"seed": {"sources": {"a": {"table": "file:///none.csv"}, "b": {"table": "file:///none.csv"}}}},
+            "stages": {"sft": {**STAGE, **stage}},
+            "registry": {"model": "tiny", "experiment": "tiny"},
+        }
+    )
+
+
+def tokenizer() -> Any:
+    """A byte-level tokenizer with the template's special tokens; trained on nothing."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    made.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>", "<|image_pad|>"]})
+    return made
+
+
+def context(root: Path, made: recipes.Recipe) -> Context:
+    return Context(made, root=str(root), scratch=root / "scratch", run_id="test")
+
+
+def initial(ctx: Context) -> ModelRef:
+    """A random model, published."""
+    from vlmflow import models
+
+    tokens = tokenizer()
+    folder = Path(ctx.scratch) / "initial"
+    model = models.family("points").build(ctx.recipe.model, tokens, 3)
+    model.save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    return publish(ctx, folder, "initial", ModelLineage(step="initial"), "initial")
+
+
+def picture(number: int, width: int = 28, height: int = 28) -> bytes:
+    """A noisy picture that depends on its number."""
+    pixels = np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def sample(number: int, images: int = 1, text: str | None = None, **meta: Any) -> Sample:
+    """A sample with ``images`` pictures of alternating shape and a caption whose length varies."""
+    width = 28 if number % 3 else 56
+    about = {"sha256": "", "width": width, "height": 28, "format": "png"}
+    caption = "abcdefghij "[: 3 + number % 7] * (1 + number % 3) if text is None else text
+    return Sample(
+        f"k{number:03d}",
+        {"id": str(number), "source": "a", "text": caption, "images": [about] * images, **meta},
+        tuple(picture(number, width) for _ in range(images)),
+    )
+
+
+def dataset(root: Path, samples: list[Sample], shard_size: int = 12, name: str = "seed") -> Manifest:
+    """Samples as shards under ``root`` and their manifest."""
+    folder = root / "shards"
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = []
+    for start in range(0, len(samples), shard_size):
+        part = samples[start : start + shard_size]
+        path = folder / f"{name}-{start:05d}.tar"
+        write_shard(path, part)
+        shards.append(describe_shard(path, f"file://{path}", len(part), part[0].meta["source"]))
+    return Manifest(name=name, shards=shards)

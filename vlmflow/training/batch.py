@@ -1,0 +1,66 @@
+"""Packs as arrays: segments laid end to end, each seeing only itself.
+
+The keys of a batch are those of the packed forward (a family's model): positions restart in every segment,
+``cu_seq_lens`` marks the borders, labels are unshifted and -100 outside targets and at every segment start, so the
+shift inside the loss never crosses a border. Pixels stay uint8 until the model normalises them on its device, a
+quarter of the bytes of fp32 (spec: training.md C.1 item 10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+IGNORE = -100
+
+
+def labels_of(ids: NDArray[np.int32], target: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Targets of one segment: the token where ``target`` is set, else -100; the first token is never a target."""
+    labels = np.where(target, ids, IGNORE).astype(np.int64)
+    labels[:1] = IGNORE
+    return labels
+
+
+def pack(
+    segments: Sequence[tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]],
+    tiles: Sequence[NDArray[np.uint8]],
+) -> dict[str, Any]:
+    """Join segments and tiles into one batch of numpy arrays.
+
+    Args:
+        segments: (ids [n], positions [n], labels [n]) each.
+        tiles: uint8 [t, S, S, 3] each, in the order of the image tokens.
+
+    Returns:
+        ``input_ids``, ``position_ids``, ``labels`` [1, N] int64; ``pixel_values`` uint8 [T, S, S, 3];
+        ``cu_seq_lens_q/k`` int32 [segments + 1]; ``max_length_q/k`` int.
+    """
+    lengths = [len(ids) for ids, _, _ in segments]
+    borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    return {
+        "input_ids": np.concatenate([s[0] for s in segments]).astype(np.int64)[None],
+        "position_ids": np.concatenate([s[1] for s in segments]).astype(np.int64)[None],
+        "labels": np.concatenate([s[2] for s in segments])[None],
+        "pixel_values": np.concatenate(list(tiles)),
+        "cu_seq_lens_q": borders,
+        "cu_seq_lens_k": borders,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+    }
+
+
+def to_torch(batch: dict[str, Any], device: Any = None) -> dict[str, Any]:
+    """The batch as tensors; numbers stay numbers."""
+    import torch
+
+    made = {}
+    for name, value in batch.items():
+        if isinstance(value, np.ndarray):
+            value = torch.from_numpy(value)
+            if device is not None and str(device) != "cpu":
+                value = value.to(device, non_blocking=True)
+        made[name] = value
+    return made

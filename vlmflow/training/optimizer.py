@@ -1,0 +1,214 @@
+"""Which parameters a stage trains, at which rate, and how the rate moves.
+
+A stage is data: a list of ``{modules, last, lr, weight_decay}``. Here it meets a model's parameter names through the
+family's role table. The result is a table that is printed and stored before anything is trained, because most
+complaints about stage training are about parameters that were silently frozen or silently trained (spec: training.md
+B.2 item 5).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from vlmflow.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+NO_DECAY = re.compile(r"(^|\.)bias$|norm|(^|\.)ln_\d|layrnorm|embed_positions|position_embedding|class_embedding")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One entry of a stage's ``train`` list: which parameters, at which rate (per-rule weight decay or None)."""
+
+    modules: str
+    lr: float
+    last: int | None = None
+    weight_decay: float | None = None
+
+
+@dataclass
+class Row:
+    """One line of the table: parameters that share a role and a rule."""
+
+    module: str
+    parameters: int
+    tensors: int
+    trainable: bool
+    lr: float | None
+    note: str = ""
+
+
+@dataclass
+class Table:
+    """Frozen and trainable parameters of a stage.
+
+    Attributes:
+        rows: what is printed.
+        rule_of: parameter name -> index of the rule that trains it; names not in it are frozen.
+    """
+
+    rows: list[Row]
+    rule_of: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def trainable(self) -> int:
+        """Number of trainable parameters (scalars)."""
+        return sum(row.parameters for row in self.rows if row.trainable)
+
+    def as_json(self) -> dict[str, Any]:
+        """The table as plain data."""
+        total = sum(row.parameters for row in self.rows)
+        return {"rows": [vars(row) for row in self.rows], "trainable": self.trainable, "total": total}
+
+    def as_text(self) -> str:
+        """The table for a terminal or a log."""
+        head = ("module", "parameters", "tensors", "state", "lr", "")
+        cells = [head] + [
+            (r.module, f"{r.parameters:,}", str(r.tensors), "train" if r.trainable else "frozen", f"{r.lr:g}" if r.lr else "-", r.note)
+            for r in self.rows
+        ]
+        widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
+        return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+
+
+def make_table(
+    sizes: Mapping[str, int],
+    rules: Sequence[Rule],
+    roles: Mapping[str, Sequence[str]],
+    unused: Sequence[str] = (),
+    layers: Any = None,
+) -> Table:
+    """Match a stage's rules with a model's parameters; the first rule that matches a parameter wins.
+
+    Args:
+        sizes: parameter name -> number of scalars.
+        roles: role name -> regexes of parameter names (``re.match``), from the family.
+        unused: regexes of parameters that never get a gradient; always frozen (spec: systems.md A.0).
+        layers: role -> regex whose first group is a layer number, for ``last``; None if the role has no layers.
+
+    Raises:
+        RecipeError: a rule that matches nothing (lists what exists), or nothing left to train.
+    """
+    dead = {name for name in sizes if any(re.match(p, name) for p in unused)}
+    role_of = {name: _role(name, roles) for name in sizes}
+    rule_of: dict[str, int] = {}
+    for index, rule in enumerate(rules):
+        names = _matching(rule, sizes, roles)
+        if not names:
+            raise RecipeError(
+                f"train[{index}].modules '{rule.modules}' matches none of {len(sizes)} parameters; roles of this model: "
+                f"{sorted(roles)}; or give 're:<regex>' on names such as {_examples(sizes)}"
+            )
+        alive = [n for n in names if n not in dead]
+        if rule.last is not None:
+            alive = _last_layers(rule, index, alive, layers)
+        fresh = [n for n in alive if n not in rule_of]
+        if not fresh:
+            why = "all of them are trained by an earlier rule" if alive else "none of them ever gets a gradient"
+            raise RecipeError(f"train[{index}].modules '{rule.modules}' matches {len(names)} parameters but {why}; remove the rule")
+        rule_of.update(dict.fromkeys(fresh, index))
+    if not rule_of:
+        raise RecipeError("the stage trains nothing: its 'train' list is empty; name at least one module, e.g. projector")
+    return Table(_rows(sizes, rules, role_of, rule_of, dead), rule_of)
+
+
+def _role(name: str, roles: Mapping[str, Sequence[str]]) -> str:
+    """The most specific role of a parameter: the longest role name that matches."""
+    found = [role for role, patterns in roles.items() if any(re.match(p, name) for p in patterns)]
+    return max(found, key=lambda role: (role.count("."), len(role)), default="other")
+
+
+def _matching(rule: Rule, sizes: Mapping[str, int], roles: Mapping[str, Sequence[str]]) -> list[str]:
+    if rule.modules.startswith("re:"):
+        try:
+            pattern = re.compile(rule.modules[3:])
+        except re.error as error:
+            raise RecipeError(f"'{rule.modules}' is not a regular expression: {error}") from error
+        return [n for n in sizes if pattern.search(n)]
+    patterns = roles.get(rule.modules, ())
+    return [n for n in sizes if any(re.match(p, n) for p in patterns)]
+
+
+def _examples(sizes: Mapping[str, int]) -> list[str]:
+    return sorted({".".join(n.split(".")[:3]) for n in sizes})[:8]
+
+
+def _last_layers(rule: Rule, index: int, names: list[str], layers: Any) -> list[str]:
+    """Only the highest ``rule.last`` layer numbers among the parameters that can be trained at all."""
+    pattern = None if layers is None else layers(rule.modules)
+    if pattern is None:
+        raise RecipeError(f"train[{index}] asks for the last {rule.last} layers of '{rule.modules}', which has no numbered layers")
+    number = {n: int(m.group(1)) for n in names if (m := re.search(pattern, n))}
+    present = sorted(set(number.values()))
+    if rule.last > len(present):
+        raise RecipeError(
+            f"train[{index}] asks for the last {rule.last} layers of '{rule.modules}', which has {len(present)} layers that "
+            "can be trained; lower 'last' or remove it"
+        )
+    chosen = set(present[len(present) - rule.last :])
+    return [n for n in names if number.get(n) in chosen]
+
+
+def _rows(
+    sizes: Mapping[str, int], rules: Sequence[Rule], role_of: Mapping[str, str], rule_of: Mapping[str, int], dead: set[str]
+) -> list[Row]:
+    groups: dict[tuple[str, int | None, bool], list[str]] = {}
+    for name in sizes:
+        groups.setdefault((role_of[name], rule_of.get(name), name in dead), []).append(name)
+    rows = []
+    for (role, rule, unused), names in groups.items():
+        note = "never used by the forward pass" if unused else ""
+        if rule is not None and rules[rule].last is not None:
+            note = f"last {rules[rule].last} layers"
+        lr = None if rule is None else rules[rule].lr
+        rows.append(Row(role, sum(sizes[n] for n in names), len(names), rule is not None, lr, note))
+    return rows
+
+
+def parameter_groups(
+    model: torch.nn.Module, table: Table, rules: Sequence[Rule], weight_decay: float
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Set ``requires_grad`` by the table and return AdamW groups and one label a group.
+
+    A rule gives up to two groups: matrices with weight decay; norms, biases and other vectors without.
+    """
+    groups: dict[tuple[int, bool], list[Any]] = {}
+    for name, parameter in model.named_parameters():
+        rule = table.rule_of.get(name)
+        parameter.requires_grad_(rule is not None)
+        if rule is not None:
+            decays = parameter.ndim > 1 and not NO_DECAY.search(name.lower())
+            groups.setdefault((rule, decays), []).append(parameter)
+    made, labels = [], []
+    for (rule, decays), parameters in sorted(groups.items()):
+        own = rules[rule].weight_decay
+        decay = (weight_decay if own is None else own) if decays else 0.0
+        made.append({"params": parameters, "lr": rules[rule].lr, "peak": rules[rule].lr, "weight_decay": decay})
+        labels.append(rules[rule].modules + ("" if decays else " (no decay)"))
+    return made, labels
+
+
+def rate(step: int, steps: int, name: str, warmup: float, final: float = 0.0) -> float:
+    """Multiplier of the peak rate for step ``step`` (0-based) of ``steps``: a pure function.
+
+    Linear from 1/w to 1 over the first w = ceil(warmup * steps) steps (``warmup`` is a share), then cosine or linear
+    towards ``final`` (a share of the peak), which would be reached one step after the last; or constant. So no step has
+    a rate of zero and none is wasted.
+
+    Raises:
+        RecipeError: an unknown schedule name.
+    """
+    shapes = {"cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)), "linear": lambda x: 1 - x, "constant": lambda x: 1.0}
+    if name not in shapes:
+        raise RecipeError(f"schedule.name '{name}' is not known; use one of {sorted(shapes)}")
+    warm = math.ceil(warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    shape = shapes[name](min(1.0, (step - warm) / max(1, steps - warm)))
+    return shape if name == "constant" else final + (1 - final) * shape

@@ -1,0 +1,179 @@
+"""The training step: one stage from an initial model to a published one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vlmflow import storage
+from vlmflow.dataset.manifest import Manifest
+from vlmflow.digest import digest
+from vlmflow.errors import DataError, RecipeError
+from vlmflow.models import store
+from vlmflow.models.store import ModelLineage, ModelRef
+from vlmflow.training import checkpoint, examples, plan
+from vlmflow.training.job import Job
+from vlmflow.training.launch import launch
+
+if TYPE_CHECKING:
+    from vlmflow.recipe import Recipe
+    from vlmflow.recipe.stage import DataUse, StageSpec
+    from vlmflow.step import Context
+
+VERSION = 1  # of the loop; with the plan's and the examples' versions it is part of every train digest
+
+# How a stage is run, not what it learns: a changed value continues the same training.
+EXECUTION = {"processes", "threads", "zero", "checkpoint", "failure_limit"}
+
+
+def stage_of(recipe: Recipe, name: str) -> StageSpec:
+    """A stage by name; ``bootstrap`` is the recipe's section of that name. Raises RecipeError listing what exists."""
+    known = dict(recipe.stages) | ({"bootstrap": recipe.bootstrap} if recipe.bootstrap else {})
+    if name not in known:
+        raise RecipeError(f"stage '{name}' is not in the recipe; it has {list(known)}")
+    return known[name]
+
+
+def ingredients(recipe: Recipe, name: str, candidate: str | None) -> list[DataUse]:
+    """Data of a stage, plus that of a soup candidate. Raises RecipeError for an unknown candidate."""
+    uses = list(stage_of(recipe, name).data)
+    if candidate is None:
+        return uses
+    known = recipe.soup.candidates if recipe.soup else {}
+    if candidate not in known:
+        raise RecipeError(f"soup candidate '{candidate}' is not in the recipe; it has {list(known)}")
+    return uses + list(known[candidate])
+
+
+def train_digest(stage: StageSpec, uses: list[DataUse], init: ModelRef, datasets: dict[str, Manifest], family: str, seed: int) -> str:
+    """Identity of a training: everything that decides its weights, up to the order of float sums."""
+    return digest(
+        {
+            "versions": [VERSION, examples.VERSION, plan.VERSION],
+            "stage": stage.model_dump(mode="json", exclude=EXECUTION),
+            "uses": [use.model_dump(mode="json") for use in uses],
+            "init": init.weights_sha256,
+            "data": {name: datasets[name].digest for name in sorted({use.dataset for use in uses})},
+            "family": family,
+            "seed": seed,
+        }
+    )
+
+
+def run(ctx: Context, stage_name: str, init: ModelRef, datasets: dict[str, Manifest], candidate: str | None = None) -> ModelRef:
+    """Train a stage, or return the model that an equal training published before.
+
+    Args:
+        init: model to start from.
+        datasets: at least those that the stage's data names.
+        candidate: soup candidate whose data is added.
+
+    Raises:
+        RecipeError: unknown stage, candidate or module pattern.
+        DataError: a dataset is missing or empty.
+        StepFailed: too many unusable samples, a non-finite loss, a dead rank (with its last lines), or preemption.
+    """
+    recipe = ctx.recipe
+    stage, uses = stage_of(recipe, stage_name), ingredients(recipe, stage_name, candidate)
+    if missing := sorted({use.dataset for use in uses} - set(datasets)):
+        raise DataError(f"stage '{stage_name}' needs datasets {missing}; given were {sorted(datasets)}")
+    key = train_digest(stage, uses, init, datasets, recipe.model.family, recipe.seed)
+    if (found := store.find(ctx, key)) is not None:
+        return found
+    label = stage_name if candidate is None else f"{stage_name}-{candidate}"
+    job = _job(ctx, label, key, stage, uses, init, datasets)
+    path = Path(job.work) / "job.json"
+    path.write_text(job.model_dump_json())
+    table = _train(ctx, job, path)
+    ref = _publish(ctx, job, init, datasets, table)
+    checkpoint.clear(job.checkpoints)
+    shutil.rmtree(job.work, ignore_errors=True)
+    return ref
+
+
+def _job(ctx: Context, label: str, key: str, stage: StageSpec, uses: list, init: ModelRef, datasets: dict[str, Manifest]) -> Job:
+    work = Path(ctx.scratch).resolve() / "training" / key[:32]
+    work.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for name in {use.dataset for use in uses}:
+        files[name] = work / f"data-{name}.json"
+        files[name].write_text(datasets[name].model_dump_json())
+    return Job(
+        label=label,
+        key=key,
+        family=ctx.recipe.model.family,
+        model=str(store.fetch(init, ctx.scratch)),
+        stage=stage,
+        uses=[(use, str(files[use.dataset])) for use in uses],
+        seed=ctx.recipe.seed,
+        work=str(work),
+        scratch=str(Path(ctx.scratch).resolve()),
+        checkpoints=storage.join(ctx.root, "checkpoints", key),
+        tracking={
+            "experiment": ctx.recipe.registry.experiment,
+            "name": f"{ctx.recipe.name}-{label}",
+            "prefix": f"{label}/",
+            "tags": {f"vlmflow.train_digest.{label}": key, "vlmflow.run_id": ctx.run_id},
+            "params": {"stage": json.dumps(stage.model_dump(mode="json"))},
+        },
+    )
+
+
+def _train(ctx: Context, job: Job, path: Path) -> dict[str, Any]:
+    """Run the ranks; shows progress, prints the table and the notes; returns the frozen/trainable table."""
+    table: dict[str, Any] = {}
+    with ExitStack() as stack:
+        shown: dict[str, Any] = {}
+
+        def on_event(event: dict[str, Any]) -> None:
+            kind = event["event"]
+            if kind == "table":
+                table.update(event["table"])
+                print(event["text"], file=sys.stderr, flush=True)
+            elif kind == "plan":
+                shown["progress"] = stack.enter_context(ctx.progress(f"train {job.label}", event["steps"], "steps"))
+                shown["progress"].advance(event["first"])
+                shown["done"] = event["first"]
+                table["plan"], table["examples"] = event["report"], event["examples"]
+                print(_plan_text(event), file=sys.stderr, flush=True)
+            elif kind == "step":
+                shown["progress"].note(f"loss {event['loss']:.3f}, {event['tokens_per_second']:.0f} tokens/s")
+                shown["progress"].advance(event["step"] - shown["done"])
+                shown["done"] = event["step"]
+            elif kind == "note":
+                print(f"[train {job.label}] {event['text']}", file=sys.stderr, flush=True)
+
+        launch(path, job.stage.processes, job.stage.threads, on_event)
+    return table
+
+
+def _plan_text(event: dict[str, Any]) -> str:
+    report, data = event["report"], event["examples"]
+    reasons = "".join(f"\n  {r['count']} x {r['reason']} (e.g. {r['example']})" for r in data["reasons"])
+    return (
+        f"{report['steps']} steps of {report['packs']} packs: {report['tokens']} tokens ({report['targets']} targets), "
+        f"{report['tiles']} tiles, fill {report['fill_tokens']:.1%} of tokens and {report['fill_tiles']:.1%} of tiles, imbalance "
+        f"{report['imbalance']:.3f}; {data['examples']} examples, {data['filtered']} filtered out, {data['failed']} unusable, "
+        f"{report['dropped']} too long{reasons}"
+    )
+
+
+def _publish(ctx: Context, job: Job, init: ModelRef, datasets: dict[str, Manifest], table: dict[str, Any]) -> ModelRef:
+    uri = storage.join(ctx.root, "models", job.key)
+    log_uri = storage.join(uri, "train_log.jsonl")
+    storage.put_file(job.log, log_uri)
+    storage.write_json(storage.join(uri, "trainable.json"), table)
+    lineage = ModelLineage(
+        step="train",
+        stage=job.label,
+        params={"stage": job.stage.model_dump(mode="json"), "uses": [use.model_dump(mode="json") for use, _ in job.uses]},
+        parents=[init.weights_sha256],
+        ancestor=init.weights_sha256,
+        data=sorted({datasets[use.dataset].digest for use, _ in job.uses}),
+        log_uri=log_uri,
+    )
+    return store.publish(ctx, job.out, f"{ctx.recipe.name}-{job.label}", lineage, job.key)
