@@ -22,8 +22,7 @@ from urllib.parse import urljoin, urlsplit
 from vlmflow import __version__
 from vlmflow.curation.guards import ForbiddenAddress, is_public, literal_address, opted_out
 
-AGENT = "vlmflow"
-USER_AGENT = f"{AGENT}/{__version__} (training data puller; honours X-Robots-Tag)"
+USER_AGENT = f"vlmflow/{__version__} (+image dataset puller; honours X-Robots-Tag)"
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
 # Reasons that another attempt on another day may cure; all others are properties of the URL or of its content.
@@ -49,6 +48,7 @@ class Limits:
     backoff: float = 0.25  # doubles with each retry
     retry_after_cap: float = 30.0
     allow_hosts: frozenset[str] = frozenset()
+    user_agent: str = USER_AGENT
     dead_after: int = 16  # refused connections in a row, and no answer ever, after which a host gets no more retries
 
 
@@ -95,7 +95,7 @@ class Fetcher:
         connector = aiohttp.TCPConnector(limit=0, resolver=_guarded_resolver(limits.allow_hosts), ttl_dns_cache=300)
         self._session = aiohttp.ClientSession(
             connector=connector,
-            headers={"User-Agent": USER_AGENT, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
+            headers={"User-Agent": limits.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_timeout),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
@@ -202,7 +202,7 @@ class Fetcher:
         if status != 200:
             wait = _retry_after(response.headers.get("Retry-After")) if status in RETRIED_STATUS else None
             raise _Failure(f"http_{status}", f"status {status}", wait)
-        directive = opted_out(response.headers.getall("X-Robots-Tag", []), AGENT)
+        directive = opted_out(response.headers.getall("X-Robots-Tag", []), limits.user_agent.split("/")[0].lower())
         if directive:
             raise _Failure("opted_out", f"X-Robots-Tag: {directive}")
         too_large = _Failure("too_large", f"more than {limits.max_bytes} bytes")
