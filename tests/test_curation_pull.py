@@ -203,9 +203,9 @@ def test_wrong_tables_are_refused_with_what_to_change(server, tmp_path):
     uri = table(tmp_path / "t.csv", [{"link": "x", "alt": "y"}])
     with pytest.raises(DataError, match=r"no column 'url'; it has \['link', 'alt'\]. Set data.web.sources.web.url_column"):
         pull.run(context(tmp_path, {"web": {"table": uri}}), "web")
-    with pytest.raises(DataError, match="no column 'text'.*sources.web.text_column"):
+    with pytest.raises(DataError, match=r"no column 'text'.*sources.web.text_column"):
         pull.run(context(tmp_path, {"web": {"table": uri, "url_column": "link"}}), "web")
-    with pytest.raises(DataError, match="not in pull.allow_hosts"):
+    with pytest.raises(DataError, match=r"not in pull\.allow_hosts"):
         pull.run(context(tmp_path, {"web": {"table": server.url("/t.csv")}}, allow_hosts=[]), "web")
     with pytest.raises(DataError, match="could not be fetched: http_404"):
         pull.run(context(tmp_path, {"web": {"table": server.url("/t.csv")}}), "web")
@@ -215,7 +215,7 @@ def test_wrong_tables_are_refused_with_what_to_change(server, tmp_path):
     (tmp_path / "empty.csv").write_text("url,text\n")
     with pytest.raises(DataError, match="0 rows"):
         pull.run(context(tmp_path, {"web": {"table": str(tmp_path / "empty.csv")}}), "web")
-    with pytest.raises(RecipeError, match="data.nope"):
+    with pytest.raises(RecipeError, match=r"data\.nope"):
         pull.run(context(tmp_path, {"web": {"table": uri}}), "nope")
 
 

@@ -116,8 +116,8 @@ class Fetcher:
         try:
             self._check(url)
             host = self._hosts[_host_key(url)]
-        except _Failure as failure:
-            return Fetched(url, None, failure.reason, failure.detail)
+        except _Failure as error:
+            return Fetched(url, None, error.reason, error.detail)
         except ValueError:
             return Fetched(url, None, "bad_url", "not a URL")
         while True:

@@ -3,8 +3,8 @@
 POINTS replaces the captions of 20 million web images by their OCR text (spec/points.md 3.2). RapidOCR carries the PP-OCR
 models inside its wheel and runs them on ONNX Runtime, so this step needs no network. Three settings make it three times
 as fast at equal recall, and one of them more accurate (spec/data-eval-soup.md 3.2): no angle classifier, images are never
-enlarged for detection, one thread a process. Small pictures were measured as well: words and digits of 56 px are read best
-as they are; enlarging or padding them gains nothing and splits groups of digits (benchmarks of this file's tests).
+enlarged for detection, one thread a process. Small pictures of 56 px, words and handwritten digits, are read best as they
+are: enlarging them twice or three times, or padding them, read none more and split groups of digits.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class Reader:
         below, right = max(0, -(-width // MAX_ASPECT) - height), max(0, -(-height // MAX_ASPECT) - width)
         if below or right:
             pixels = cv2.copyMakeBorder(pixels, 0, below, 0, right, cv2.BORDER_REPLICATE)
-        found = self._ocr(pixels)
+        found: Any = self._ocr(pixels)
         if found.boxes is None or not found.txts:
             return "", []
         kept = [
@@ -207,7 +207,12 @@ def _start(settings: dict[str, Any]) -> None:
     global _engine
     parent = multiprocessing.parent_process()
     assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+    def end_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end_with_parent, daemon=True).start()
     _engine = Reader(**settings)
 
 

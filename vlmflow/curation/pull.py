@@ -17,7 +17,6 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmflow import storage
 from vlmflow.curation.fetch import Fetcher, Limits, is_transient
 from vlmflow.curation.pull_shard import Plan, Result, ShardPuller
 from vlmflow.curation.table import Columns, Row, count_rows, localize, read_rows

@@ -120,8 +120,8 @@ class ShardPuller:
             bad = next(((u, i) for u, i in zip(row.urls, images, strict=False) if isinstance(i, Rejected)), None)
             if row.problem or bad:
                 reason, detail = row.problem or (bad[1].reason, bad[1].detail)  # type: ignore[index]
-                url = bad[0] if bad else (row.urls[0] if row.urls else None)
-                cells = (row.index, plan.key(row.index), plan.source, url, _host(url), reason, detail)
+                failed = bad[0] if bad else (row.urls[0] if row.urls else None)
+                cells = (row.index, plan.key(row.index), plan.source, failed, _host(failed), reason, detail)
                 return dict(zip(COLUMNS, cells, strict=True))
             return self._sample(plan.key(row.index), row, images)
 

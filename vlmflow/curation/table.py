@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import math
 from collections.abc import Iterator, Mapping
@@ -90,7 +89,8 @@ def localize(uri: str, scratch: Path, allow_hosts: frozenset[str] = frozenset())
 
     found = asyncio.run(fetch())
     if found.data is None:
-        raise DataError(f"table {uri} could not be fetched: {found.reason} ({found.detail})")
+        dead = "; no server answers there: start it, or mend the recipe's address" if found.reason == "refused" else ""
+        raise DataError(f"table {uri} could not be fetched: {found.reason} ({found.detail}){dead}")
     storage.write_bytes(str(path), found.data)
     return path
 
@@ -223,8 +223,8 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
         for batch in _parquet(path).iter_batches(batch_size=_PEEK):
             yield from batch.to_pylist()
         return
-    opened: Any = gzip.open(path, "rb") if path.name.endswith(".gz") else open(path, "rb")
-    with opened, io.TextIOWrapper(opened, encoding="utf-8-sig", newline="") as file:
+    opener: Any = gzip.open if path.name.endswith(".gz") else open
+    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind in (".csv", ".tsv"):
             csv.field_size_limit(1 << 30)
             for number, record in enumerate(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t")):
