@@ -155,3 +155,8 @@ def duplicates(texts: Iterable[str | None]) -> dict[str, object]:
     repeated = [(text, n) for text, n in counts.items() if n > 1]
     repeated.sort(key=lambda pair: (-pair[1], pair[0]))
     return {"texts": len(repeated), "samples": sum(n for _, n in repeated), "most": [list(p) for p in repeated[:10]]}
+
+
+def is_refusal(text: str) -> bool:
+    """Whether a text model declines or speaks of itself instead of answering."""
+    return bool(_REFUSAL.search(text))

@@ -208,7 +208,7 @@ def _blend(base: list[Token], facts_of: list[Token]) -> tuple[list[Token], list[
                 end += 1
             run = phrase[i:end]
             target = phrase[end] if end < len(phrase) else None
-            place = _modified(base, target) if target is not None and len(run) <= 2 else None
+            place = _modified(base, target) if target is not None and len(run) <= 3 else None
             if len(phrase) == 1 and run[0].norm in MEDIA:
                 base = _as_media(base, run[0])
             elif place is not None and not any(t.stop for t in run):
@@ -303,7 +303,7 @@ def _append(base: list[Token], facts: list[list[Token]], max_words: int) -> tupl
         words = [replace(t, stop=False) for t in fact]
         if len(words) == 1 and words[0].norm in COLOURS:
             words = [_word("in"), *words]
-        elif words[0].kind == "number" and len(words) > 1:
+        elif words[0].kind == "number" and len(words) > 1 and words[1].text.islower():
             words = [_word("with"), *words]
         if len(out) + len(words) > max_words and len(out) > len(base) // 2:
             trimmed = True

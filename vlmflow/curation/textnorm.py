@@ -77,7 +77,7 @@ class Token:
     norm: str  # what it is compared by
     kind: str  # word | number | code
     lead: str = ""  # opening marks kept with it: quotes, brackets
-    trail: str = ""  # closing marks: quotes, brackets, comma
+    trail: str = ""  # closing marks: quotes, an abbreviation's dot
     stop: bool = False  # a phrase ends after this token
 
     @property
@@ -150,11 +150,18 @@ def tokens(text: str) -> list[Token]:
                     norm=normal(piece),
                     kind=kind_of(piece),
                     lead="".join(c for c in before if c in "\"“«") if position == 0 else "",
-                    trail="".join(c for c in after if c in "\"”»") if last else "",
-                    stop=last and any(c in ".,;:!?…)]|" for c in after),
+                    trail=("." if _abbreviated(core, after) else "".join(c for c in after if c in "\"”»")) if last else "",
+                    stop=last and any(c in ".,;:!?…)]|" for c in after) and not _abbreviated(core, after),
                 )
             )
     return out
+
+
+_ABBREVIATIONS = frozenset("no nos nr vol st mr mrs ms dr rev ver fig approx ca vs jr sr".split())
+
+
+def _abbreviated(core: str, after: str) -> bool:
+    return after == "." and (core.casefold() in _ABBREVIATIONS or (len(core) == 1 and core.isupper()))
 
 
 def _ended(token: Token) -> Token:
