@@ -42,7 +42,9 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef | None = None) -> Mani
     params: dict[str, Any] = {"engine": spec.engine, "prompt": spec.prompt, "max_new_tokens": spec.max_new_tokens}
     if spec.engine == "model":
         if model is None:
-            raise RecipeError("curation.caption.engine is 'model' but the step got no model; pass one or use engine openai")
+            raise RecipeError(
+                "curation.caption.engine is 'model' but the step got no model; pass one or use engine openai"
+            )
         params["weights"] = model.weights_sha256
         vlm = Lazy(ctx, model)
 

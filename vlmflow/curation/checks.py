@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vlmflow.curation.textnorm import FUNCTION_WORDS, MONTHS, clean_alt, normal, tokens, unescape, vocabulary
+from vlmflow.curation.textnorm import FUNCTION_WORDS, MONTHS, clean_alt, supported, tokens, unescape, vocabulary
 
 CODES = {
     "empty": "the answer holds no word",
@@ -88,11 +88,11 @@ def problems(
     note("short", n_words < max(limits.min_words, limits.min_share * shorter if shorter < 10**6 else 0))
     note("long", n_words > limits.max_share * (n_alt + n_synthetic) + limits.max_extra)
     note("repetition", repetition([t.norm for t in words]) > limits.max_repetition)
-    note("number", [t for t in words if t.kind != "word" and not _number_supported(t.norm, t.text, sources)])
+    note("number", [t for t in words if t.kind != "word" and t.text.casefold() != "one" and not supported(t, sources)])
     note("name", _names(text, sources))
     if strict:
         allowed = sources | {c.casefold() for c in connectors}
-        note("word", [t for t in words if t.norm not in allowed and t.text.casefold() not in allowed])
+        note("word", [t for t in words if not supported(t, allowed)])
     note("copy", _copies(text, alt, synthetic))
     note("script", _scripts(text) - _scripts(both))
     return found
@@ -104,13 +104,6 @@ def repetition(words: list[str], n: int = 3) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _number_supported(norm: str, text: str, sources: set[str]) -> bool:
-    if norm in sources or text.casefold() == "one":
-        return True
-    parts = re.findall(r"\d+", norm)
-    return bool(parts) and all((part.lstrip("0") or "0") in sources for part in parts)
-
-
 def _names(text: str, sources: set[str]) -> list[str]:
     """Capitalised words in the middle of a sentence that no source supports; months may stand for a number."""
     found, start = [], True
@@ -118,9 +111,8 @@ def _names(text: str, sources: set[str]) -> list[str]:
         for token in tokens(chunk):
             word = token.text
             if not start and word[:1].isupper() and token.kind == "word" and word.casefold() not in FUNCTION_WORDS:
-                parts = {token.norm, word.casefold()} | {normal(p) for p in re.findall(r"[^\W\d_]+", word)}
                 month = MONTHS.get(word.casefold())
-                if not parts & sources and not (month and month in sources) and word != "I":
+                if not supported(token, sources) and not (month and month in sources) and word != "I":
                     found.append(word)
             start = False
         start = start or bool(_END.search(chunk))
@@ -138,7 +130,25 @@ def _copies(text: str, alt: str, synthetic: str) -> bool:
     return False
 
 
-GENERIC = frozenset("word digit number image picture photo text letter thing object show depict display view say".split())
+GENERIC = frozenset(
+    [
+        "word",
+        "digit",
+        "number",
+        "image",
+        "picture",
+        "photo",
+        "text",
+        "letter",
+        "thing",
+        "object",
+        "show",
+        "depict",
+        "display",
+        "view",
+        "say",
+    ]
+)
 """Content words that add no fact of their own to a caption (as `textnorm.normal` writes them)."""
 
 

@@ -104,7 +104,9 @@ def _by_endpoint(window: list[tuple[str, str, str]], endpoint: openai_client.End
     for round_number in range(2):
         requests = [
             openai_client.ChatRequest(
-                prompts.merge_prompt(alt, synthetic, why), max_tokens=spec.max_new_tokens, seed=endpoint.seed + round_number
+                prompts.merge_prompt(alt, synthetic, why),
+                max_tokens=spec.max_new_tokens,
+                seed=endpoint.seed + round_number,
             )
             for _, alt, synthetic, why in pending
         ]

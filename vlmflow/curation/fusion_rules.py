@@ -11,19 +11,85 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from vlmflow.curation.checks import GENERIC
-from vlmflow.curation.textnorm import DETERMINERS, FUNCTION_WORDS, PREPOSITIONS, Token, clean_alt, normal, tokens, unescape
+from vlmflow.curation.textnorm import (
+    DETERMINERS,
+    FUNCTION_WORDS,
+    PREPOSITIONS,
+    Token,
+    clean_alt,
+    normal,
+    tokens,
+    unescape,
+)
 
 CONNECTORS = frozenset({"a", "an", "the", "in", "of", "with", "and"})
 """The only words that a fused caption may hold though neither source does."""
 
 MEDIA = frozenset(
-    "scan photo photograph picture image drawing sketch painting illustration screenshot plot chart graph diagram "
-    "figure poster print engraving map render".split()
+    [
+        "scan",
+        "photo",
+        "photograph",
+        "picture",
+        "image",
+        "drawing",
+        "sketch",
+        "painting",
+        "illustration",
+        "screenshot",
+        "plot",
+        "chart",
+        "graph",
+        "diagram",
+        "figure",
+        "poster",
+        "print",
+        "engraving",
+        "map",
+        "render",
+    ]
 )
 COLOURS = frozenset(
-    "red green blue yellow orange purple pink brown black white grey gray cyan magenta gold silver beige teal".split()
+    [
+        "red",
+        "green",
+        "blue",
+        "yellow",
+        "orange",
+        "purple",
+        "pink",
+        "brown",
+        "black",
+        "white",
+        "grey",
+        "gray",
+        "cyan",
+        "magenta",
+        "gold",
+        "silver",
+        "beige",
+        "teal",
+    ]
 )
-LABELLED = frozenset("word text digit digits number numeral letter letters say says said saying read reads reading".split())
+LABELLED = frozenset(
+    [
+        "word",
+        "text",
+        "digit",
+        "digits",
+        "number",
+        "numeral",
+        "letter",
+        "letters",
+        "say",
+        "says",
+        "said",
+        "saying",
+        "read",
+        "reads",
+        "reading",
+    ]
+)
 """Words after which a caption states the value that is written in the picture."""
 
 _TEXT_SLOTS = frozenset(normal(w) for w in ("word", "text", "say", "says", "saying", "read", "reads", "reading"))
@@ -116,7 +182,9 @@ def _alt_wins(base: list[Token], facts_of: list[Token]) -> list[Token]:
         if token.kind == "number" and token.norm not in alt_known:
             value = _other_number(base, i, facts_of, known)
         elif token.norm in COLOURS and token.norm not in alt_known:
-            others = [t for t, nxt in zip(facts_of, facts_of[1:], strict=False) if t.norm in COLOURS and nxt.norm == after]
+            others = [
+                t for t, nxt in zip(facts_of, facts_of[1:], strict=False) if t.norm in COLOURS and nxt.norm == after
+            ]
             value = others[0] if others else None
         elif token.content and before in _SLOTS and token.norm not in alt_known and token.kind == "word":
             value = _other_value(before, facts_of, known)
@@ -141,7 +209,7 @@ def _other_number(base: list[Token], i: int, facts_of: list[Token], known: set[s
     only = len(plain) == 1 and sum(t.kind == "number" for t in base) == 1
     if only and facts_of[plain[0]].norm not in known:
         j = plain[0]
-        short = len(_content(facts_of)) <= 2
+        short = not set(_content(facts_of)) - known - _SLOTS - GENERIC - MEDIA - {facts_of[j].norm}
         labelled = j > 0 and facts_of[j - 1].norm in _SLOTS
         counted = i + 1 < len(base) and base[i + 1].content
         if (short or labelled) and not counted:
@@ -268,13 +336,17 @@ def _word(text: str) -> Token:
 def _span(phrase: list[Token], fresh: list[bool], start: int, end: int) -> tuple[int, int]:
     """Widen a run of new words to something that reads: its preposition and determiner, what it counts or modifies."""
     while end < len(phrase):
-        if fresh[end]:
+        if (
+            fresh[end]
+            or any(fresh[end : end + 4])
+            or (phrase[end].content and phrase[end - 1].text.casefold() not in PREPOSITIONS)
+        ):
             end += 1
-        elif any(fresh[end : end + 4]):  # a few known words between two new ones keep the phrase whole
-            end += 1
-        elif phrase[end].content and phrase[end - 1].text.casefold() not in PREPOSITIONS:
-            end += 1
-        elif not phrase[end].content and end + 1 < len(phrase) and phrase[end].text.casefold() in ("that", "which", "who"):
+        elif (
+            not phrase[end].content
+            and end + 1 < len(phrase)
+            and phrase[end].text.casefold() in ("that", "which", "who")
+        ):
             end += 2
         else:
             break
@@ -323,7 +395,9 @@ def _articles(base: list[Token]) -> list[Token]:
             if nxt.kind == "number" and nxt.norm not in ("1",) and i + 2 < len(base) and base[i + 2].text.endswith("s"):
                 continue
             if nxt.text[:1].isalpha():
-                vowel = nxt.text[0].casefold() in "aeiou" and not nxt.text.casefold().startswith(("uni", "use", "one", "eu"))
+                vowel = nxt.text[0].casefold() in "aeiou" and not nxt.text.casefold().startswith(
+                    ("uni", "use", "one", "eu")
+                )
                 text = ("an" if vowel else "a") if token.text[0].islower() else ("An" if vowel else "A")
                 token = replace(token, text=text, norm=text.casefold())
         out.append(token)

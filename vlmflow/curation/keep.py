@@ -58,7 +58,9 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
     texts = _texts(manifest, which, ctx.scratch)
     order = ranking(keys, values, spec.order, seed)
     if not order:
-        raise DataError(f"dataset '{manifest.name}': none of {manifest.samples} samples has a perplexity; nothing can be kept")
+        raise DataError(
+            f"dataset '{manifest.name}': none of {manifest.samples} samples has a perplexity; nothing can be kept"
+        )
     repeated: set[int] = set()
     if spec.drop_duplicate_texts:
         repeated = _later_duplicates(order, keys, texts)

@@ -27,7 +27,9 @@ class Endpoint:
     key_env: str  # name of the variable with the key; unset = no key is sent
     model: str
     concurrency: int = 64
-    attempts: int = 6  # per request, over connection errors, timeouts, 5xx and malformed answers; twice that for 429/503
+    attempts: int = (
+        6  # per request, over connection errors, timeouts, 5xx and malformed answers; twice that for 429/503
+    )
     timeout: float = 120.0
     backoff: float = 0.5  # first pause, doubled each time
     max_backoff: float = 30.0
@@ -94,7 +96,9 @@ def _address(endpoint: Endpoint) -> str:
     return base if base.endswith("/chat/completions") else base + "/chat/completions"
 
 
-async def _complete_all(endpoint: Endpoint, url: str, key: str | None, source: Iterator[ChatRequest]) -> list[ChatAnswer]:
+async def _complete_all(
+    endpoint: Endpoint, url: str, key: str | None, source: Iterator[ChatRequest]
+) -> list[ChatAnswer]:
     import aiohttp
 
     state, numbered = _State(), enumerate(source)
@@ -139,7 +143,9 @@ def data_url(image: bytes) -> str:
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
 
 
-async def _ask(session: Any, endpoint: Endpoint, url: str, key: str | None, request: ChatRequest, state: _State) -> ChatAnswer:
+async def _ask(
+    session: Any, endpoint: Endpoint, url: str, key: str | None, request: ChatRequest, state: _State
+) -> ChatAnswer:
     """One request with its retries; raises ServiceError for what no other request would survive either."""
     body = _body(endpoint, request)
     headers = {"Content-Type": "application/json", "Idempotency-Key": hashlib.sha256(body).hexdigest()}
@@ -186,7 +192,9 @@ def _given_up(endpoint: Endpoint, failed: _Again, tries: int, state: _State) -> 
     return ChatAnswer(error=failed.reason)
 
 
-async def _attempt(session: Any, endpoint: Endpoint, url: str, key: str | None, headers: dict, body: bytes) -> ChatAnswer:
+async def _attempt(
+    session: Any, endpoint: Endpoint, url: str, key: str | None, headers: dict, body: bytes
+) -> ChatAnswer:
     import aiohttp
 
     try:
@@ -195,8 +203,8 @@ async def _attempt(session: Any, endpoint: Endpoint, url: str, key: str | None, 
     except TimeoutError:
         raise _Again(f"no answer within {endpoint.timeout:g} s", "timeout") from None
     except aiohttp.ClientConnectionError as error:
-        system = getattr(error, "os_error", None)
-        raise _Again(getattr(system, "strerror", None) or type(error).__name__, "connection") from None
+        number = getattr(error, "errno", None) or 0  # the error's own text would tell the address
+        raise _Again(os.strerror(number) if number > 0 else type(error).__name__, "connection") from None
     except aiohttp.ClientError as error:
         raise _Again(type(error).__name__, "connection") from None
     if status == 200:

@@ -15,25 +15,143 @@ from dataclasses import dataclass
 NUMBER_WORDS = {
     word: str(value)
     for value, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-        "seventeen eighteen nineteen twenty".split()
+        [
+            "zero",
+            "one",
+            "two",
+            "three",
+            "four",
+            "five",
+            "six",
+            "seven",
+            "eight",
+            "nine",
+            "ten",
+            "eleven",
+            "twelve",
+            "thirteen",
+            "fourteen",
+            "fifteen",
+            "sixteen",
+            "seventeen",
+            "eighteen",
+            "nineteen",
+            "twenty",
+        ]
     )
 }
 MONTHS = {
     month: str(value)
     for value, month in enumerate(
-        "january february march april may june july august september october november december".split(), start=1
+        [
+            "january",
+            "february",
+            "march",
+            "april",
+            "may",
+            "june",
+            "july",
+            "august",
+            "september",
+            "october",
+            "november",
+            "december",
+        ],
+        start=1,
     )
 }
 FUNCTION_WORDS = frozenset(
-    "a an the this that these those it its is are was were be being been has have had there and or but of in on at by "
-    "for from with without to into onto over under above below between behind near as up out off about very some his her "
-    "their our my your which who whose while no not".split()
+    [
+        "a",
+        "an",
+        "the",
+        "this",
+        "that",
+        "these",
+        "those",
+        "it",
+        "its",
+        "is",
+        "are",
+        "was",
+        "were",
+        "be",
+        "being",
+        "been",
+        "has",
+        "have",
+        "had",
+        "there",
+        "and",
+        "or",
+        "but",
+        "of",
+        "in",
+        "on",
+        "at",
+        "by",
+        "for",
+        "from",
+        "with",
+        "without",
+        "to",
+        "into",
+        "onto",
+        "over",
+        "under",
+        "above",
+        "below",
+        "between",
+        "behind",
+        "near",
+        "as",
+        "up",
+        "out",
+        "off",
+        "about",
+        "very",
+        "some",
+        "his",
+        "her",
+        "their",
+        "our",
+        "my",
+        "your",
+        "which",
+        "who",
+        "whose",
+        "while",
+        "no",
+        "not",
+    ]
 )
 PREPOSITIONS = frozenset(
-    "of in on at by for from with without into onto over under above below between behind near against inside".split()
+    [
+        "of",
+        "in",
+        "on",
+        "at",
+        "by",
+        "for",
+        "from",
+        "with",
+        "without",
+        "into",
+        "onto",
+        "over",
+        "under",
+        "above",
+        "below",
+        "between",
+        "behind",
+        "near",
+        "against",
+        "inside",
+    ]
 )
-DETERMINERS = frozenset("a an the this that these those its his her their our my your some".split())
+DETERMINERS = frozenset(
+    ["a", "an", "the", "this", "that", "these", "those", "its", "his", "her", "their", "our", "my", "your", "some"]
+)
 
 _EXTENSIONS = r"(?:jpe?g|png|gif|webp|bmp|tiff?|svg|heic|avif|pdf|psd|mp4|html?|php)"
 _FILE = re.compile(rf"[^\s/\\|]+\.{_EXTENSIONS}\b", re.IGNORECASE)
@@ -42,10 +160,31 @@ _CAMERA = re.compile(
     r"|file|p)[ _-]*\d[\d_ -]*$",
     re.IGNORECASE,
 )
-_FILE_JUNK = frozenset("final copy small large medium big thumb thumbnail resized edit edited crop web hd new old".split())
+_FILE_JUNK = frozenset(
+    [
+        "final",
+        "copy",
+        "small",
+        "large",
+        "medium",
+        "big",
+        "thumb",
+        "thumbnail",
+        "resized",
+        "edit",
+        "edited",
+        "crop",
+        "web",
+        "hd",
+        "new",
+        "old",
+    ]
+)
 _VERSION = re.compile(r"^v\d+$", re.IGNORECASE)
 _SIZE = re.compile(r"\b\d{2,5}\s?[x×]\s?\d{2,5}(?:\s?px)?\b|\b\d+\s?(?:px|kb|mb|dpi)\b", re.IGNORECASE)
-_URL = re.compile(r"\b(?:https?://|www\.)\S+|\b\S+@\S+\.\w+\b|\b[\w-]+\.(?:com|net|org|co\.uk|de|ru|io|shop)\b(?:/\S*)?", re.I)
+_URL = re.compile(
+    r"\b(?:https?://|www\.)\S+|\b\S+@\S+\.\w+\b|\b[\w-]+\.(?:com|net|org|co\.uk|de|ru|io|shop)\b(?:/\S*)?", re.I
+)
 _TAG = re.compile(r"<[^<>]{0,200}>")
 _COPY_NUMBER = re.compile(r"\(\s*\d{1,3}\s*\)")
 _SITES = "shutterstock|getty ?images|istock(?:photo)?|alamy|dreamstime|depositphotos|123rf|adobe stock|flickr|pinterest|" \
@@ -63,8 +202,40 @@ _BOILERPLATE = re.compile(
     re.IGNORECASE,
 )
 _ALONE = frozenset(
-    "image images photo photos picture pic untitled logo banner icon advertisement ad loading thumbnail home null none "
-    "undefined unknown img default alt text title screenshot scan video cover avatar header slide background".split()
+    [
+        "image",
+        "images",
+        "photo",
+        "photos",
+        "picture",
+        "pic",
+        "untitled",
+        "logo",
+        "banner",
+        "icon",
+        "advertisement",
+        "ad",
+        "loading",
+        "thumbnail",
+        "home",
+        "null",
+        "none",
+        "undefined",
+        "unknown",
+        "img",
+        "default",
+        "alt",
+        "text",
+        "title",
+        "screenshot",
+        "scan",
+        "video",
+        "cover",
+        "avatar",
+        "header",
+        "slide",
+        "background",
+    ]
 )  # one of these as the whole alt text says nothing about the picture
 _SEPARATOR = re.compile(r"\s+[|–—·•»~-]+\s+|\s*[|·•»]\s*")
 
@@ -149,15 +320,19 @@ def tokens(text: str) -> list[Token]:
                     text=piece,
                     norm=normal(piece),
                     kind=kind_of(piece),
-                    lead="".join(c for c in before if c in "\"“«") if position == 0 else "",
-                    trail=("." if _abbreviated(core, after) else "".join(c for c in after if c in "\"”»")) if last else "",
+                    lead="".join(c for c in before if c in '"“«') if position == 0 else "",
+                    trail=("." if _abbreviated(core, after) else "".join(c for c in after if c in '"”»'))
+                    if last
+                    else "",
                     stop=last and any(c in ".,;:!?…)]|" for c in after) and not _abbreviated(core, after),
                 )
             )
     return out
 
 
-_ABBREVIATIONS = frozenset("no nos nr vol st mr mrs ms dr rev ver fig approx ca vs jr sr".split())
+_ABBREVIATIONS = frozenset(
+    ["no", "nos", "nr", "vol", "st", "mr", "mrs", "ms", "dr", "rev", "ver", "fig", "approx", "ca", "vs", "jr", "sr"]
+)
 
 
 def _abbreviated(core: str, after: str) -> bool:
@@ -179,6 +354,14 @@ def vocabulary(text: str) -> set[str]:
     for piece in re.split(r"[\s_/\\|]+", plain):
         found.update(token.norm for token in tokens(piece))
     return found
+
+
+def supported(token: Token, sources: set[str]) -> bool:
+    """Whether a word, or every part of a joined word, stands in `sources` (a `vocabulary`)."""
+    if token.norm in sources or token.text.casefold() in sources:
+        return True
+    parts = [normal(p) for p in re.findall(r"[^\W\d_]+|\d+", token.text)]
+    return bool(parts) and all(part in sources for part in parts)
 
 
 def unescape(text: str) -> str:
