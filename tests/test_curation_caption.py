@@ -52,7 +52,7 @@ def test_a_finished_step_loads_no_model_and_gives_the_same_manifest(tmp_path, vl
 
 
 def test_too_many_failures_stop_the_step_with_reasons(tmp_path, vlm):
-    with pytest.raises(StepFailed, match="3 of 9 samples failed.*the recipe allows 2.0%.*1 x "):
+    with pytest.raises(StepFailed, match=r"3 of 9 samples failed.*the recipe allows 2.0%.*1 x "):
         caption.run(context(tmp_path), dataset(tmp_path / "d", web_samples()), MODEL)
 
 

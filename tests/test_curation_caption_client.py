@@ -69,7 +69,7 @@ def test_malformed_answers_are_retried_then_reported_for_their_sample_alone(monk
 )
 def test_a_server_that_never_answers_in_the_format_is_named(monkeypatch, answer):
     with serving(lambda body, n: web.Response(text=answer)) as (_, url):
-        with pytest.raises(ServiceError, match="has not answered one request: malformed answer.*TEST_URL"):
+        with pytest.raises(ServiceError, match=r"has not answered one request: malformed answer.*TEST_URL"):
             ask(monkeypatch, url)
 
 
@@ -78,7 +78,7 @@ def test_dead_server(monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(
-        ServiceError, match="TEST_URL names does not answer: Connection refused, 3 attempts.*run the same command again"
+        ServiceError, match=r"TEST_URL names does not answer: Connection refused, 3 attempts.*run the same command again"
     ) as e:
         ask(monkeypatch, f"http://127.0.0.1:{port}/v1")
     assert str(port) not in str(e.value)
@@ -95,7 +95,7 @@ def test_server_that_dies_half_way(monkeypatch):
 
 def test_endless_rate_limit_says_what_to_do(monkeypatch):
     with serving(lambda body, n: web.Response(status=429)) as (_, url):
-        with pytest.raises(ServiceError, match="HTTP 429, 6 attempts at concurrency 4. Lower"):
+        with pytest.raises(ServiceError, match=r"HTTP 429, 6 attempts at concurrency 4. Lower"):
             ask(monkeypatch, url)
 
 
@@ -105,10 +105,10 @@ def test_slow_server(monkeypatch):
 
         await asyncio.sleep(30)
 
-    with serving(lambda body, n: chat("never")) as (server, url):
+    with serving(lambda body, n: chat("never")) as (server, _url):
         monkeypatch.setattr(type(server), "handle", hang)
         with serving(lambda body, n: chat("never")) as (_, slow):
-            with pytest.raises(ServiceError, match="no answer within 0.05 s"):
+            with pytest.raises(ServiceError, match=r"no answer within 0.05 s"):
                 ask(monkeypatch, slow, timeout=0.05)
 
 
@@ -129,7 +129,7 @@ def test_wrong_model_name_stops_at_once(monkeypatch, status):
         )
 
     with serving(reply) as (_, url):
-        with pytest.raises(ServiceError, match="does not serve model 'captioner-1'.*model_name") as error:
+        with pytest.raises(ServiceError, match=r"does not serve model 'captioner-1'.*model_name") as error:
             ask(monkeypatch, url)
     assert KEY not in str(error.value)
 

@@ -96,13 +96,13 @@ def test_a_bad_answer_is_asked_for_once_more_with_the_reason(tmp_path, captioned
 ])  # fmt: skip
 def test_failing_twice_drops_or_falls_back_and_is_counted(tmp_path, captioned, monkeypatch, answer, finish, code):
     reply = lambda body, n: chat(answer, finish)  # noqa: E731
-    with pytest.raises(StepFailed, match="4 of 6 samples failed.*checks failed twice: "):
+    with pytest.raises(StepFailed, match=r"4 of 6 samples failed.*checks failed twice: "):
         run_openai(tmp_path, captioned, monkeypatch, reply)
-    server, sealed = run_openai(tmp_path, captioned, monkeypatch, reply, failure_limit=1.0)
+    _, sealed = run_openai(tmp_path, captioned, monkeypatch, reply, failure_limit=1.0)
     rows = read_layer(sealed, "fused")
     assert rows["k0"]["text"] is None and code in rows["k0"]["problems"]
     assert sealed.layers["fused"].summary["problems"][code] >= 4
-    server, sealed = run_openai(tmp_path, captioned, monkeypatch, reply, fallback="alt")
+    _server, sealed = run_openai(tmp_path, captioned, monkeypatch, reply, fallback="alt")
     rows = read_layer(sealed, "fused")
     assert (
         rows["k0"] == rows["k0"] | {"text": ALTS[0], "engine": "alt", "error": None} and code in rows["k0"]["problems"]

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from vlmflow.curation.alt_text import clean_alt
 from vlmflow.curation.checks import problems
 from vlmflow.curation.fusion_rules import CONNECTORS, fuse
-from vlmflow.curation.textnorm import clean_alt, normal, supported, tokens, vocabulary
+from vlmflow.curation.textnorm import normal, supported, tokens, vocabulary
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from vlmflow.curation.textnorm import FUNCTION_WORDS, MONTHS, clean_alt, supported, tokens, unescape, vocabulary
+from vlmflow.curation.alt_text import clean_alt, unescape
+from vlmflow.curation.textnorm import supported, tokens, vocabulary
+from vlmflow.curation.word_lists import FUNCTION_WORDS, GENERIC, MONTHS
 
 CODES = {
     "empty": "the answer holds no word",
@@ -128,28 +130,6 @@ def _copies(text: str, alt: str, synthetic: str) -> bool:
             if extra:
                 return True
     return False
-
-
-GENERIC = frozenset(
-    [
-        "word",
-        "digit",
-        "number",
-        "image",
-        "picture",
-        "photo",
-        "text",
-        "letter",
-        "thing",
-        "object",
-        "show",
-        "depict",
-        "display",
-        "view",
-        "say",
-    ]
-)
-"""Content words that add no fact of their own to a caption (as `textnorm.normal` writes them)."""
 
 
 def _scripts(text: str) -> set[str]:

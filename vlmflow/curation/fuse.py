@@ -13,10 +13,10 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation import openai_client, prompts
+from vlmflow.curation.alt_text import clean_alt
 from vlmflow.curation.checks import Limits, duplicates, problems
 from vlmflow.curation.fusion_rules import CONNECTORS, fuse
-from vlmflow.curation.inputs import UPSTREAM, check_own_failures, text_of, windows
-from vlmflow.curation.textnorm import clean_alt
+from vlmflow.curation.inputs import check_own_failures, text_of, windows
 from vlmflow.dataset.layer import add_layer, read_part
 
 if TYPE_CHECKING:
@@ -157,6 +157,3 @@ def _summary(sealed: Manifest, scratch: Any) -> dict[str, Any]:
         "duplicates": duplicates(texts),
         **dict(sorted(tokens.items())),
     }
-
-
-__all__ = ["LAYER", "UPSTREAM", "run"]

@@ -73,7 +73,16 @@ def _score(ready: list[tuple[str, list[Any], str]], vlm: Any, prompt: str, batch
     from vlmflow.models.inference import ScoreRequest
 
     requests = [ScoreRequest(images=images, prompt=prompt, target=text) for _, images, text in ready]
-    for (key, _, _), score in zip(ready, vlm.score(requests, batch_tokens=batch_tokens), strict=True):
+    try:
+        scores = vlm.score(requests, batch_tokens=batch_tokens)
+    except DataError:  # a text that this model cannot take, e.g. one that spells an image token: find it
+        for sample in ready:
+            if len(ready) == 1:
+                yield {"key": sample[0], "error": "the model cannot take the text (it spells a special token)"}
+            else:
+                yield from _score([sample], vlm, prompt, batch_tokens)
+        return
+    for (key, _, _), score in zip(ready, scores, strict=True):
         yield row(key, score.nll, score.tokens)
 
 
