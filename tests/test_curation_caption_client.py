@@ -1,0 +1,157 @@
+"""The OpenAI-compatible client against a real server on loopback: bounded, patient, never silent, no secret told."""
+
+import base64
+import socket
+
+import pytest
+from aiohttp import web
+from curation_world import chat, png, serving
+
+from vlmflow.curation.openai_client import ChatRequest, Endpoint, complete
+from vlmflow.errors import RecipeError, ServiceError
+
+KEY = "sk-very-secret"
+
+
+def ask(monkeypatch, url, prompts=("hello",), **settings):
+    monkeypatch.setenv("TEST_URL", url)
+    monkeypatch.setenv("TEST_KEY", KEY)
+    settings = {"concurrency": 4, "attempts": 3, "backoff": 0.001, "timeout": 10.0} | settings
+    endpoint = Endpoint("TEST_URL", "TEST_KEY", "captioner-1", **settings)
+    return complete(endpoint, (p if isinstance(p, ChatRequest) else ChatRequest(p) for p in prompts))
+
+
+def user_text(body):
+    content = body["messages"][0]["content"]
+    return content if isinstance(content, str) else content[-1]["text"]
+
+
+def test_answers_keep_the_order_and_concurrency_is_bounded(monkeypatch):
+    with serving(lambda body, n: chat("re: " + user_text(body))) as (server, url):
+        answers = ask(monkeypatch, url, [f"p{i}" for i in range(40)])
+    assert [a.text for a in answers] == [f"re: p{i}" for i in range(40)]
+    assert 1 < server.most <= 4
+    assert (answers[0].finish, answers[0].prompt_tokens, answers[0].completion_tokens) == ("stop", 11, 5)
+
+
+def test_request_carries_model_greedy_decoding_key_and_image_as_data_url(monkeypatch):
+    with serving(lambda body, n: chat("ok")) as (server, url):
+        ask(monkeypatch, url, [ChatRequest("what?", (png(3),), max_tokens=7)])
+    body = server.bodies[0]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("captioner-1", 0, 7)
+    image = body["messages"][0]["content"][0]["image_url"]["url"]
+    assert image == "data:image/png;base64," + base64.b64encode(png(3)).decode()
+    assert server.headers[0]["Authorization"] == f"Bearer {KEY}"
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+def test_passing_trouble_is_waited_out(monkeypatch, status):
+    trouble = lambda body, n: web.Response(status=status, headers={"Retry-After": "0"}) if n <= 2 else chat("fine")  # noqa: E731
+    with serving(trouble) as (server, url):
+        answers = ask(monkeypatch, url, concurrency=1)
+    assert answers[0].text == "fine" and len(server.bodies) == 3
+
+
+def test_malformed_answers_are_retried_then_reported_for_their_sample_alone(monkeypatch):
+    def reply(body, n):
+        if user_text(body) == "bad":
+            return web.Response(text="{ not json", content_type="application/json")
+        return chat("good")
+
+    with serving(reply) as (server, url):
+        answers = ask(monkeypatch, url, ["a", "bad", "b"], concurrency=1)
+    assert [a.error for a in answers] == [None, "malformed answer (not a chat completion in JSON)", None]
+    assert sum(user_text(b) == "bad" for b in server.bodies) == 3
+
+
+@pytest.mark.parametrize(
+    "answer", ["<html>hi</html>", '{"choices": []}', '{"choices": [{"message": null}]}', "[1]", "null"]
+)
+def test_a_server_that_never_answers_in_the_format_is_named(monkeypatch, answer):
+    with serving(lambda body, n: web.Response(text=answer)) as (_, url):
+        with pytest.raises(ServiceError, match=r"has not answered one request: malformed answer.*TEST_URL"):
+            ask(monkeypatch, url)
+
+
+def test_dead_server(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(
+        ServiceError, match=r"TEST_URL names does not answer: Connection refused, 3 attempts.*run the same command again"
+    ) as e:
+        ask(monkeypatch, f"http://127.0.0.1:{port}/v1")
+    assert str(port) not in str(e.value)
+
+
+def test_server_that_dies_half_way(monkeypatch):
+    def reply(body, n):
+        return chat("ok") if n <= 3 else web.Response(status=500)
+
+    with serving(reply) as (_, url):
+        answers = ask(monkeypatch, url, list("abcde"), concurrency=1)
+    assert [a.error for a in answers] == [None, None, None, "HTTP 500", "HTTP 500"]
+
+
+def test_endless_rate_limit_says_what_to_do(monkeypatch):
+    with serving(lambda body, n: web.Response(status=429)) as (_, url):
+        with pytest.raises(ServiceError, match=r"HTTP 429, 6 attempts at concurrency 4. Lower"):
+            ask(monkeypatch, url)
+
+
+def test_slow_server(monkeypatch):
+    async def hang(self, request):
+        import asyncio
+
+        await asyncio.sleep(30)
+
+    with serving(lambda body, n: chat("never")) as (server, _url):
+        monkeypatch.setattr(type(server), "handle", hang)
+        with serving(lambda body, n: chat("never")) as (_, slow):
+            with pytest.raises(ServiceError, match=r"no answer within 0.05 s"):
+                ask(monkeypatch, slow, timeout=0.05)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+def test_wrong_key_stops_at_once_and_is_not_told(monkeypatch, status):
+    refuse = web.json_response({"error": {"message": f"bad key {KEY}"}}, status=status)
+    with serving(lambda body, n: refuse) as (server, url):
+        with pytest.raises(ServiceError, match=f"refuses the key \\(HTTP {status}\\). TEST_KEY is set") as error:
+            ask(monkeypatch, url, concurrency=1)
+    assert KEY not in str(error.value) and len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("status", [400, 404])
+def test_wrong_model_name_stops_at_once(monkeypatch, status):
+    def reply(body, n):
+        return web.json_response(
+            {"error": {"message": f"The model `captioner-1` does not exist for {KEY}"}}, status=status
+        )
+
+    with serving(reply) as (_, url):
+        with pytest.raises(ServiceError, match=r"does not serve model 'captioner-1'.*model_name") as error:
+            ask(monkeypatch, url)
+    assert KEY not in str(error.value)
+
+
+def test_a_request_that_only_this_sample_cannot_make_is_an_error_of_its_own(monkeypatch):
+    def reply(body, n):
+        if user_text(body) == "huge":
+            return web.json_response({"error": {"message": "image too large"}}, status=413)
+        return chat("fine")
+
+    with serving(reply) as (_, url):
+        answers = ask(monkeypatch, url, ["huge", "small"])
+    assert [(a.text, a.error) for a in answers] == [("", "HTTP 413: image too large"), ("fine", None)]
+
+
+def test_refusal_field(monkeypatch):
+    with serving(lambda body, n: chat(None, refusal="I cannot do that")) as (_, url):
+        answer = ask(monkeypatch, url)[0]
+    assert (answer.text, answer.finish) == ("I cannot do that", "content_filter")
+
+
+@pytest.mark.parametrize("value", ["", "localhost:8000", "ftp://x"])
+def test_address_is_checked_before_anything_is_sent(monkeypatch, value):
+    with pytest.raises(RecipeError, match="TEST_URL"):
+        ask(monkeypatch, value)

@@ -1,0 +1,104 @@
+"""Perplexity: the formula, rounding, failures counted, no dependence on grouping; the real model against one by one."""
+
+import math
+import sys
+from types import SimpleNamespace
+
+import pytest
+from curation_world import MODEL, FakeVLM, context, dataset, fake_nll, png, sample
+from PIL import Image
+
+from vlmflow.curation import perplexity
+from vlmflow.dataset.layer import read_layer
+from vlmflow.errors import DataError, StepFailed
+
+
+@pytest.fixture
+def vlm(monkeypatch):
+    fake = FakeVLM()
+    monkeypatch.setattr(perplexity.Lazy, "__call__", lambda self: fake)
+    if "vlmflow.models.inference" not in sys.modules:
+        module = SimpleNamespace(
+            Request=lambda **k: SimpleNamespace(**k), ScoreRequest=lambda **k: SimpleNamespace(**k)
+        )
+        monkeypatch.setitem(sys.modules, "vlmflow.models.inference", module)
+    return fake
+
+
+def web_samples(n=10):
+    return [sample(f"k{i:02d}", f"the word number {i} is here", png(i)) for i in range(n)]
+
+
+def test_equals_the_formula_and_names_what_failed(tmp_path, vlm):
+    bad = [
+        sample("z0", "x", png(1)[:20]),
+        sample("z1", None, png(1)),
+        sample("z2", "nan", png(2)),
+        sample("z3", "t", None),
+    ]
+    ctx = context(tmp_path, perplexity={"text": "alt", "failure_limit": 0.5, "batch_tokens": 99})
+    sealed = perplexity.run(ctx, dataset(tmp_path / "d", web_samples() + bad), MODEL)
+    rows = read_layer(sealed, "ppl")
+    for i in range(10):
+        nll = fake_nll(
+            Image.new("RGB", (1, 1), (i, 0, 0)),
+            "please generate a caption for this image.",
+            f"the word number {i} is here",
+        )
+        r = rows[f"k{i:02d}"]
+        assert r["tokens"] == 7 and r["error"] is None
+        assert r["ppl"] == pytest.approx(math.exp(nll / 7), rel=1e-4) and r["nll"] == pytest.approx(nll, rel=1e-4)
+        assert r["ppl"] == float(f"{r['ppl']:.4e}")
+    assert rows["z0"]["error"].startswith("image cannot be decoded") and rows["z3"]["error"] == "no image"
+    assert rows["z1"]["error"] == "upstream: the sample has no alt text"
+    assert rows["z2"]["error"].startswith("the model gives the text no probability")
+    summary = sealed.layers["ppl"].summary
+    assert summary["scored"] == 10 and sum(summary["failures"].values()) == 4
+    assert vlm.calls[0][2] == 99
+
+
+def test_own_failures_count_against_the_limit_upstream_ones_do_not(tmp_path, vlm):
+    no_text = [sample(f"n{i}", "", png(i)) for i in range(5)]
+    ctx = context(tmp_path, perplexity={"text": "alt"})
+    perplexity.run(ctx, dataset(tmp_path / "a", web_samples(3) + no_text), MODEL)
+    with pytest.raises(StepFailed, match=r"1 of 4 samples failed \(25.0%\), the recipe allows 2.0%"):
+        perplexity.run(ctx, dataset(tmp_path / "b", web_samples(3) + no_text + [sample("z", "x", None)]), MODEL)
+
+
+def test_same_values_under_any_sharding_and_a_rerun_loads_nothing(tmp_path, vlm):
+    one = perplexity.run(
+        context(tmp_path / "a", perplexity={"text": "alt"}), dataset(tmp_path / "a", web_samples(), 3), MODEL
+    )
+    ctx, data = (
+        context(tmp_path / "b", perplexity={"text": "alt", "batch_tokens": 64}),
+        dataset(tmp_path / "b", web_samples(), 10),
+    )
+    two = perplexity.run(ctx, data, MODEL)
+    assert read_layer(one, "ppl") == read_layer(two, "ppl")
+    assert one.layers["ppl"].digest == two.layers["ppl"].digest  # batch_tokens decides nothing
+    vlm.calls.clear()
+    assert perplexity.run(ctx, data, MODEL).digest == two.digest and not vlm.calls
+
+
+def test_the_scored_layer_must_exist(tmp_path, vlm):
+    with pytest.raises(DataError, match="no layer 'fused'"):
+        perplexity.run(context(tmp_path), dataset(tmp_path / "d", web_samples(2)), MODEL)
+
+
+def test_ocr_text_is_scored_under_an_ocr_instruction():
+    default = "please generate a caption for this image."
+    assert perplexity.scoring_prompt("fused", default) == default
+    assert perplexity.scoring_prompt("ocr", default) == "please write down the text in this image."
+    assert perplexity.scoring_prompt("ocr", "read it") == "read it"
+
+
+@pytest.mark.parametrize(
+    ("nll", "tokens", "error"), [(float("inf"), 3, "not finite"), (3000.0, 2, "not finite"), (0.0, 0, "no token")]
+)
+def test_values_without_a_perplexity(nll, tokens, error):
+    assert error in perplexity.row("k", nll, tokens)["error"]
+
+
+def test_rounding_swallows_what_packing_changes():
+    value = 12.345678
+    assert perplexity.significant(value) == perplexity.significant(value * (1 + 1e-6)) == 12.346

@@ -1,0 +1,92 @@
+"""What caption, fuse and perplexity share: pictures of a sample, its texts, bounded windows, whose failure it is.
+
+A sample that has no text because an earlier step failed on it is reported with the reason of that step, marked
+UPSTREAM, and does not count against this step's own failure limit.
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from vlmflow.dataset.layer import failures
+from vlmflow.dataset.manifest import Manifest
+from vlmflow.errors import DataError, StepFailed
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from vlmflow.dataset.sample import Sample
+
+UPSTREAM = "upstream: "
+WINDOW = 256  # samples whose decoded pictures are in memory together
+
+T = TypeVar("T")
+
+
+def windows(items: Iterable[T], size: int = WINDOW) -> Iterator[list[T]]:
+    """Successive lists of at most `size` items."""
+    window: list[T] = []
+    for item in items:
+        window.append(item)
+        if len(window) == size:
+            yield window
+            window = []
+    if window:
+        yield window
+
+
+def pictures(sample: Sample) -> list[Image]:
+    """The sample's pictures as RGB.
+
+    Raises:
+        DataError: it has none, or one cannot be decoded. The message is the reason that goes into a layer.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if not sample.images:
+        raise DataError("no image")
+    out = []
+    for data in sample.images:
+        try:
+            with Image.open(io.BytesIO(data)) as image:
+                out.append(image.convert("RGB"))
+        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
+            raise DataError(f"image cannot be decoded ({type(error).__name__})") from error
+    return out
+
+
+def text_of(
+    which: str, key: str, meta: Mapping[str, Any], upstream: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, str | None]:
+    """(text, None), or ("", reason). `which` is alt (the table's text) or the name of a layer with a text column."""
+    if which == "alt":
+        text = " ".join(str(meta.get("text") or "").split())
+        return (text, None) if text else ("", f"{UPSTREAM}the sample has no alt text")
+    row = upstream[which][key]
+    if row["error"]:
+        return "", f"{UPSTREAM}{which}: {str(row['error']).removeprefix(UPSTREAM)}"
+    text = " ".join(str(row["text"] or "").split())
+    return (text, None) if text else ("", f"{UPSTREAM}{which}: empty text")
+
+
+def check_own_failures(manifest: Manifest, name: str, limit: float, scratch: Any = None) -> dict[str, int]:
+    """Reasons of this layer's failed rows with their counts, commonest first.
+
+    Raises:
+        StepFailed: of the samples that reached this step, more than `limit` (share) failed in it.
+    """
+    listed = list(failures(manifest, name, scratch))
+    own = [(key, reason) for key, reason in listed if not reason.startswith(UPSTREAM)]
+    reached = manifest.samples - (len(listed) - len(own))
+    if own and len(own) / reached > limit:
+        common = Counter(reason for _, reason in own).most_common(3)
+        raise StepFailed(
+            f"step '{name}': {len(own)} of {reached} samples failed ({len(own) / reached:.1%}), the recipe allows {limit:.1%} "
+            f"(failure_limit). Commonest: {'; '.join(f'{n} x {reason}' for reason, n in common)}. "
+            f"First: sample {own[0][0]}. Mend the cause, or raise the limit if this loss is acceptable."
+        )
+    counts = Counter(reason for _, reason in listed)
+    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))

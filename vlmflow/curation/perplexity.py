@@ -1,0 +1,114 @@
+"""Perplexity of each caption given its image, under a VLM, as layer `ppl`.
+
+POINTS ranks its pre-training set by it (points.md 5, eq. 3): PPL = exp(nll / tokens). Counted are the caption's tokens
+and the closing end token; instruction and image tokens are context. Log-softmax in fp32 (it does not underflow where
+softmax does, spec data-eval-soup.md 5.3). Values are rounded to DIGITS significant digits, far coarser than what the
+packing of a batch changes, so that the layer does not depend on what a sample was packed with.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from vlmflow.curation.caption import Lazy
+from vlmflow.curation.inputs import check_own_failures, pictures, text_of, windows
+from vlmflow.curation.prompts import scoring_prompt
+from vlmflow.dataset.layer import add_layer, read_part
+from vlmflow.errors import DataError
+
+if TYPE_CHECKING:
+    from vlmflow.dataset.manifest import Manifest
+    from vlmflow.dataset.shard import ShardReader
+    from vlmflow.models.store import ModelRef
+    from vlmflow.step import Context
+
+LAYER = "ppl"
+VERSION = 1
+SCHEMA = {"ppl": "float", "nll": "float", "tokens": "int"}
+DIGITS = 5  # significant digits kept of nll (nats, summed) and ppl
+Row = dict[str, Any]
+
+
+def run(ctx: Context, manifest: Manifest, model: ModelRef) -> Manifest:
+    """Add layer `ppl`: ppl, nll (nats, summed over the counted tokens), tokens (counted).
+
+    Raises:
+        DataError: the layer whose text is scored is missing.
+        StepFailed: of the samples that have a text, more than `curation.perplexity.failure_limit` could not be scored.
+    """
+    spec = ctx.recipe.curation.perplexity
+    prompt = scoring_prompt(spec.text, spec.prompt)
+    params = {"text": spec.text, "prompt": prompt, "weights": model.weights_sha256, "digits": DIGITS}
+    vlm = Lazy(ctx, model)
+
+    def compute(reader: ShardReader, upstream: dict[str, dict[str, Row]]) -> Iterator[Row]:
+        for window in windows(reader.keys()):
+            ready: list[tuple[str, list[Any], str]] = []
+            for key in window:
+                sample = reader.read(key)
+                text, missing = text_of(spec.text, key, sample.meta, upstream)
+                if missing:
+                    yield {"key": key, "error": missing}
+                    continue
+                try:
+                    ready.append((key, pictures(sample), text))
+                except DataError as error:
+                    yield {"key": key, "error": str(error)}
+            if ready:
+                yield from _score(ready, vlm(), prompt, spec.batch_tokens)
+
+    def summary(sealed: Manifest) -> dict[str, Any]:
+        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, ctx.scratch)
+        return {"failures": reasons, **_summary(sealed, ctx.scratch)}
+
+    return add_layer(
+        ctx, manifest, LAYER, params=params, version=VERSION, schema=SCHEMA, compute=compute,
+        reads=() if spec.text == "alt" else (spec.text,), failure_limit=1.0, summary=summary,
+    )  # fmt: skip
+
+
+def _score(ready: list[tuple[str, list[Any], str]], vlm: Any, prompt: str, batch_tokens: int) -> Iterator[Row]:
+    from vlmflow.models.inference import ScoreRequest
+
+    requests = [ScoreRequest(images=images, prompt=prompt, target=text) for _, images, text in ready]
+    try:
+        scores = vlm.score(requests, batch_tokens=batch_tokens)
+    except DataError:  # a text that this model cannot take, e.g. one that spells an image token: find it
+        for sample in ready:
+            if len(ready) == 1:
+                yield {"key": sample[0], "error": "the model cannot take the text (it spells a special token)"}
+            else:
+                yield from _score([sample], vlm, prompt, batch_tokens)
+        return
+    for (key, _, _), score in zip(ready, scores, strict=True):
+        yield row(key, score.nll, score.tokens)
+
+
+def row(key: str, nll: float, tokens: int) -> Row:
+    """One row from the summed negative log-likelihood (nats) over `tokens` counted tokens."""
+    if tokens < 1:
+        return {"key": key, "error": "the text has no token under this model's tokenizer"}
+    mean = nll / tokens
+    if not math.isfinite(mean) or mean > 700:  # exp(709) overflows
+        return {"key": key, "tokens": tokens, "error": "the model gives the text no probability (nll is not finite)"}
+    return {"key": key, "ppl": significant(math.exp(mean)), "nll": significant(nll), "tokens": tokens}
+
+
+def significant(value: float, digits: int = DIGITS) -> float:
+    """`value` rounded to so many significant digits."""
+    return float(f"{value:.{digits - 1}e}")
+
+
+def _summary(sealed: Manifest, scratch: Any) -> dict[str, Any]:
+    nll, tokens, scored, lowest, highest = 0.0, 0, 0, math.inf, 0.0
+    for part in sealed.layer(LAYER).parts:
+        for r in read_part(part, scratch).values():
+            if r["error"] is None:
+                nll, tokens, scored = nll + r["nll"], tokens + r["tokens"], scored + 1
+                lowest, highest = min(lowest, r["ppl"]), max(highest, r["ppl"])
+    found = {"scored": scored, "tokens": tokens}
+    if scored:
+        found |= {"lowest": lowest, "highest": highest, "corpus_ppl": significant(math.exp(nll / tokens))}
+    return found

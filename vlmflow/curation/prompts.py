@@ -1,0 +1,55 @@
+"""What text models are asked, in one table: per type of text for describing and scoring, and CapFusion's merge.
+
+The scorer is instruction tuned, so its prompt must fit the text: an OCR text is scored under an OCR instruction
+(points.md 5). Wording is ours; intents are POINTS' (points.md 4.1).
+"""
+
+from __future__ import annotations
+
+PROMPTS: dict[str, dict[str, str]] = {
+    "caption": {
+        "describe": "Give a brief description of the image in English.",
+        "score": "please generate a caption for this image.",
+    },
+    "ocr": {
+        "describe": "Write down all the text in this image.",
+        "score": "please write down the text in this image.",
+    },
+}
+"""Text type -> use -> instruction."""
+
+TEXT_TYPES = {"alt": "caption", "synthetic": "caption", "fused": "caption", "ocr": "ocr"}
+"""Layer (or "alt") -> row of PROMPTS."""
+
+
+def scoring_prompt(text: str, asked: str) -> str:
+    """The instruction under which `text` (alt, synthetic, fused, ocr) is scored: `asked`, unless that is the caption
+    default and the text is of another type."""
+    kind = TEXT_TYPES[text]
+    return PROMPTS[kind]["score"] if asked == PROMPTS["caption"]["score"] else asked
+
+
+MERGE = """You are given two descriptions of the same picture.
+
+Description from the web: {alt}
+Description by a captioning model: {synthetic}
+
+The web description holds true facts (names, numbers, places, brands, codes) but is badly written and may hold text that
+is not about the picture, such as file names, shop talk and site names. The model's description is well written but
+knows little and may be wrong in details.
+
+Write one sentence about the picture, by three rules:
+1. Blend the two into one well-formed sentence; do not put one after the other. Where they disagree, trust the web.
+2. Keep every fact of the web description that is about the picture, and add nothing that is in neither description.
+3. Answer with that sentence only: no preamble, no quotation marks around it, no comment.
+"""
+
+RETRY = "\nYour first answer was rejected ({why}). Follow the three rules exactly.\n"
+
+
+def merge_prompt(alt: str, synthetic: str, why: list[str] | None = None) -> str:
+    """CapFusion's request for one sample; `why` lists what was wrong with the first answer."""
+    from vlmflow.curation.checks import CODES
+
+    text = MERGE.format(alt=alt, synthetic=synthetic)
+    return text + RETRY.format(why="; ".join(CODES[code] for code in why)) if why else text
