@@ -165,10 +165,9 @@ def _lead(text: str) -> str | None:
 def _several(text: str, lead: str, options: Mapping[str, str]) -> bool:
     """A list of letters ("B or C") or an echo of the options ("A. cat B. dog") names no answer."""
     found = re.match(r"\(?[A-Za-z]\)?\s*(?:,|/|&|\band\b|\bor\b|或|和)\s*\(?([A-Za-z])" + _END, text, re.IGNORECASE)
-    if found and found[1].upper() in options and found[1].upper() != lead:
-        # "B, a dog": the second letter is the article when a word follows it
-        if not re.match(r"\(?[A-Za-z]\)?\s*,\s*(?:a|A|I)\s+[a-z]", text):
-            return True
+    article = re.match(r"\(?[A-Za-z]\)?\s*,\s*(?:a|A|I)\s+[a-z]", text)  # "B, a dog"
+    if found and found[1].upper() in options and found[1].upper() != lead and not article:
+        return True
     marked = set(re.findall(r"(?<![A-Za-z0-9.])\(?([A-Z])[).:、]", text))
     return len(options) > 1 and set(options) <= marked
 
@@ -230,7 +229,7 @@ _LEAD: Sequence[tuple[str, re.Pattern[str]]] = (
 def match_yes_no(reply: str, answer: str) -> Match:
     """Read yes or no. yesno.lead: the reply starts with the whole word; yesno.single: it holds one polarity only, as a
     whole word ("the answer is yes", "there is no cat"). "Not sure", "None", "notice", "Eyes ...": unparsed."""
-    text = _QUOTES.sub("", clean(reply).casefold().replace("’", "'").replace("'", "\x00")).replace("\x00", "'").strip("' ")
+    text = re.sub(r"[\"`“”«»「」*_]", "", clean(reply).casefold().replace("’", "'")).strip("' ")
     if not text:
         return Match(False, None, "yesno.empty")
     if _UNSURE.match(text):

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
-_ONES = {
-    word: i
-    for i, word in enumerate(
-        "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-        "eighteen nineteen".split()
-    )
-}
-_TENS = {w: 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), start=2)}
+_ONE_WORDS = """
+    zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen
+    eighteen nineteen
+"""
+_TEN_WORDS = "_ _ twenty thirty forty fifty sixty seventy eighty ninety"
+_ONES = {word: i for i, word in enumerate(_ONE_WORDS.split())}
+_TENS = {word: 10 * i for i, word in enumerate(_TEN_WORDS.split()) if word != "_"}
 _SCALES = {"thousand": 1_000, "million": 1_000_000}
 _HAN = {c: i for i, c in enumerate("零一二三四五六七八九十")}
 

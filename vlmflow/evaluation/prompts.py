@@ -21,7 +21,8 @@ def build(question: Question, kind: str, suffix: str | None = None) -> str:
     """The prompt text of a question (images are passed beside it, before the text).
 
     reading: the question; multiple_choice: hint, question, the options as "A. text", one a line; yes_no: the question.
-    `suffix`: None = the kind's default; "" = none; otherwise this text as the last line.
+    `suffix`: None or "" = the kind's own; "none" = nothing; a text that starts with a blank is appended as it stands (some
+    published settings do), any other becomes the last line.
     """
     if kind not in KINDS:
         raise ValueError(f"benchmark kind {kind!r} is not known; known kinds: {', '.join(KINDS)}")
@@ -29,12 +30,13 @@ def build(question: Question, kind: str, suffix: str | None = None) -> str:
     lines.append(question.question)
     if kind == "multiple_choice":
         lines += [f"{letter}. {text}" for letter, text in question.options.items()]
-    if suffix is None:
+    prompt = "\n".join(lines)
+    if suffix == "none":
+        return prompt
+    if not suffix:
         english, chinese = SUFFIX[kind]
-        suffix = chinese if has_chinese("\n".join(lines)) else english
-    if suffix:
-        lines.append(suffix)
-    return "\n".join(lines)
+        suffix = chinese if has_chinese(prompt) else english
+    return prompt + (suffix if not suffix or suffix[0].isspace() else "\n" + suffix)
 
 
 def has_chinese(text: str) -> bool:

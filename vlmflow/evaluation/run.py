@@ -20,6 +20,7 @@ from vlmflow.evaluation import prompts
 from vlmflow.evaluation.match import MATCHER_VERSION, Match, match
 from vlmflow.evaluation.scores import BenchmarkScore, Scores, Split, wilson
 from vlmflow.evaluation.split import divide
+from vlmflow.evaluation.table_file import local_table
 from vlmflow.evaluation.tsv import Question, Table
 from vlmflow.models import store
 
@@ -97,7 +98,7 @@ def _load(folder: Path) -> Generates:
 def _plan(ctx: Context, name: str, files: Sequence[store.FileRef], split: Split) -> _Plan:
     evaluation = ctx.recipe.evaluation
     spec = evaluation.benchmarks[name]
-    path = storage.cached(spec.table, scratch=ctx.scratch)
+    path = local_table(spec.table, ctx.scratch)
     sha256 = sha256_file(path)
     settings = {
         "kind": spec.kind,
@@ -125,7 +126,8 @@ def _score(ctx: Context, plan: _Plan, vlm: Generates, split: Split) -> Benchmark
             progress.advance(len(chunk))
             progress.note(f"accuracy {sum(r['correct'] for r in rows) / len(rows):.3f}")
     if all(r["error"] for r in rows):
-        raise DataError(f"benchmark {plan.name}: none of its {len(rows)} questions could be asked; first: {rows[0]['error']}")
+        first = rows[0]["error"]
+        raise DataError(f"benchmark {plan.name}: none of its {len(rows)} questions could be asked; first: {first}")
     predictions = storage.join(plan.uri, "predictions.parquet")
     storage.write_bytes(predictions, _parquet(rows))
     right, n = sum(r["correct"] for r in rows), len(rows)
@@ -155,12 +157,10 @@ def _ask(ctx: Context, plan: _Plan, table: Table, vlm: Generates, chunk: Sequenc
             requests.append(Request(images=table.images(q), prompt=texts[q.index]))
         except DataError as e:
             problems[q.index] = str(e)
-    options = {} if plan.settings["max_tiles"] is None else {"max_tiles": plan.settings["max_tiles"]}
-    replies = iter(
-        vlm.generate(requests, max_new_tokens=plan.settings["max_new_tokens"], batch=ctx.recipe.evaluation.batch, **options)
-        if requests
-        else []
-    )
+    settings = {"max_new_tokens": plan.settings["max_new_tokens"], "batch": ctx.recipe.evaluation.batch}
+    if plan.settings["max_tiles"] is not None:
+        settings["max_tiles"] = plan.settings["max_tiles"]
+    replies = iter(vlm.generate(requests, **settings) if requests else [])
     rows = []
     for q in chunk:
         if q.index in problems:

@@ -59,8 +59,8 @@ class Scores(BaseModel):
 
 
 def wilson(right: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Wilson score interval of a share; z = 1.96 gives 95 %. Honest for few questions and near 0 and 1, where the normal
-    interval is not. (Wilson 1927.)"""
+    """Wilson score interval of a share; z = 1.96 gives 95 %. Honest for few questions and near 0 and 1, where the
+    normal interval is not. (Wilson 1927.)"""
     if n == 0:
         return (0.0, 1.0)
     p = right / n

@@ -32,14 +32,18 @@ def divide(
     explicit = any(q.split in SPLITS for q in questions)
     for q in questions:
         if explicit and q.split not in SPLITS:
-            raise DataError(f"{where}: row {q.index}, column split: {q.split!r}; other rows say selection or report, so "
-                            "every row must say one of them.")
+            raise DataError(
+                f"{where}: row {q.index}, column split: {q.split!r}; other rows say selection or report, so "
+                "every row must say one of them."
+            )
         side = q.split if explicit else _side(q.group, seed, selection_fraction)
         sides[side].append(q)
     for side, rows in sides.items():
         if not rows:
-            raise DataError(f"{where}: none of the {len(questions)} questions is in the {side} split (selection_fraction "
-                            f"{selection_fraction}); a score needs at least one. Add questions or a split column.")
+            raise DataError(
+                f"{where}: none of the {len(questions)} questions is in the {side} split (selection_fraction "
+                f"{selection_fraction}); a score needs at least one. Add questions or a split column."
+            )
     return sides, "column" if explicit else "hash"
 
 

@@ -59,7 +59,8 @@ class Question:
 
 
 class Table:
-    """Rows of one TSV file in file order. `len`, iteration and `[i]` give `Question`s; `images(question)` decodes pixels.
+    """Rows of one TSV file in file order. `len`, iteration and `[i]` give `Question`s; `images(question)` decodes
+    pixels.
 
     Raises DataError, always with the file, row index and column: missing column, duplicate index, empty answer, an
     answer that names no option, a reference to a row that is not there, bad base64, an image that does not decode.
@@ -203,7 +204,9 @@ class _Records:
             try:
                 yield line.decode("utf-8-sig" if bom else "utf-8")
             except UnicodeDecodeError as e:
-                raise DataError(f"{self.path}: line {self.lines} is not UTF-8 ({e}). Save the table as UTF-8.") from None
+                raise DataError(
+                    f"{self.path}: line {self.lines} is not UTF-8 ({e}). Save the table as UTF-8."
+                ) from None
 
 
 def _scan(path: Path, kind: str) -> tuple[list[str], list[Question], dict[str, tuple[int, int]]]:
@@ -223,8 +226,10 @@ def _scan(path: Path, kind: str) -> tuple[list[str], list[Question], dict[str, t
                 if cells:
                     row = _row(path, columns, cells, records.lines)
                     if row["index"] in ranges:
-                        raise DataError(f"{path}: row {row['index']}, column index: this index is used twice "
-                                        f"(second time on line {records.lines}). Indices must be unique.")
+                        raise DataError(
+                            f"{path}: row {row['index']}, column index: this index is used twice "
+                            f"(second time on line {records.lines}). Indices must be unique."
+                        )
                     ranges[row["index"]] = (start, stop)
                     raw.append((row, _references(path, row)))
                 start = stop
@@ -240,8 +245,10 @@ def _check_columns(path: Path, columns: Sequence[str], kind: str) -> None:
     needed = ["index", "question", "answer"] + (["A", "B"] if kind == "multiple_choice" else [])
     missing = [c for c in needed if c not in columns]
     if missing:
-        raise DataError(f"{path}: column {', '.join(missing)} is missing for a {kind} benchmark; "
-                        f"found: {', '.join(columns) or 'nothing'}. Needed: {', '.join(needed)}.")
+        raise DataError(
+            f"{path}: column {', '.join(missing)} is missing for a {kind} benchmark; "
+            f"found: {', '.join(columns) or 'nothing'}. Needed: {', '.join(needed)}."
+        )
     double = sorted({c for c in columns if columns.count(c) > 1})
     if double:
         raise DataError(f"{path}: column {', '.join(double)} appears twice in the header")
@@ -249,8 +256,10 @@ def _check_columns(path: Path, columns: Sequence[str], kind: str) -> None:
 
 def _row(path: Path, columns: Sequence[str], cells: Sequence[str], line: int) -> dict[str, str]:
     if len(cells) != len(columns):
-        raise DataError(f"{path}: row {cells[0][:40]!r} (ends on line {line}) has {len(cells)} cells, "
-                        f"the header has {len(columns)} columns. A tab inside a text must be quoted.")
+        raise DataError(
+            f"{path}: row {cells[0][:40]!r} (ends on line {line}) has {len(cells)} cells, "
+            f"the header has {len(columns)} columns. A tab inside a text must be quoted."
+        )
     row = dict(zip(columns, cells, strict=True))
     row["index"] = row["index"].strip()
     if not row["index"]:
@@ -264,14 +273,14 @@ def _references(path: Path, row: dict[str, str]) -> list[str]:
         return []
     cell = row.pop("image")
     if not cell.strip():
-        raise DataError(f"{path}: row {row['index']}, column image: empty. Give base64 or another row's index, "
-                        "or leave the column out of a table without images.")
+        raise DataError(
+            f"{path}: row {row['index']}, column image: empty. Give base64 or another row's index, "
+            "or leave the column out of a table without images."
+        )
     return ["" if len(v) > REFERENCE_CHARS else v for v in _image_values(cell)]
 
 
-def _question(
-    path: Path, row: dict[str, str], refs: list[str], stored: Mapping[str, list[str]], kind: str
-) -> Question:
+def _question(path: Path, row: dict[str, str], refs: list[str], stored: Mapping[str, list[str]], kind: str) -> Question:
     index, images = row["index"], []
     for place, ref in enumerate(refs):
         if not ref:
@@ -279,20 +288,33 @@ def _question(
             continue
         target = stored.get(ref)
         if target is None:
-            raise DataError(f"{path}: row {index}, column image: {ref!r} has at most {REFERENCE_CHARS} characters, so "
-                            "it is another row's index, but no row has that index. Base64 images are longer.")
+            raise DataError(
+                f"{path}: row {index}, column image: {ref!r} has at most {REFERENCE_CHARS} characters, so "
+                "it is another row's index, but no row has that index. Base64 images are longer."
+            )
         if any(target):
-            raise DataError(f"{path}: row {index}, column image: refers to row {ref}, which is itself a reference "
-                            "(or refers to itself). A reference must point at a row that holds the image.")
+            raise DataError(
+                f"{path}: row {index}, column image: refers to row {ref}, which is itself a reference "
+                "(or refers to itself). A reference must point at a row that holds the image."
+            )
         images += [(ref, i) for i in range(len(target))]
     options = {c: row[c].strip() for c in LETTERS if row.get(c, "").strip() not in ("", "nan")}
     answer = row["answer"].strip()
     _check_answer(path, index, kind, answer, options)
     optional = {name: row.get(name, "").strip() for name in ("hint", "category", "l2-category", "split")}
     optional = {k: "" if v == "nan" else v for k, v in optional.items()}
-    return Question(index, row["question"].strip(), answer, optional["hint"],
-                    options if kind == "multiple_choice" else {}, optional["category"], optional["l2-category"],
-                    optional["split"], tuple(images), images[0][0] if images else index)
+    return Question(
+        index,
+        row["question"].strip(),
+        answer,
+        optional["hint"],
+        options if kind == "multiple_choice" else {},
+        optional["category"],
+        optional["l2-category"],
+        optional["split"],
+        tuple(images),
+        images[0][0] if images else index,
+    )
 
 
 def _check_answer(path: Path, index: str, kind: str, answer: str, options: Mapping[str, str]) -> None:
@@ -301,7 +323,9 @@ def _check_answer(path: Path, index: str, kind: str, answer: str, options: Mappi
         raise DataError(f"{where}: empty. An empty answer would match every empty reply.")
     if kind == "multiple_choice":
         if len(options) < 2:
-            raise DataError(f"{where}: the row has {len(options)} options; multiple choice needs at least 2 (A, B, ...).")
+            raise DataError(
+                f"{where}: the row has {len(options)} options; multiple choice needs at least 2 (A, B, ...)."
+            )
         if answer.upper() not in options:
             raise DataError(f"{where}: {answer!r} is not among the row's options {', '.join(options)}.")
     if kind == "yes_no" and answer.casefold() not in ("yes", "no"):

@@ -19,8 +19,18 @@ from typing import Any
 import numpy as np
 
 from vlmflow.errors import ModelError
-from vlmflow.soup.tensors import EXACT, FLOATS, INDEX, TensorInfo, Weights, blocks, from_float64, open_weights, to_float64
-from vlmflow.soup.tensors import write_header
+from vlmflow.soup.tensors import (
+    EXACT,
+    FLOATS,
+    INDEX,
+    TensorInfo,
+    Weights,
+    blocks,
+    from_float64,
+    open_weights,
+    to_float64,
+    write_header,
+)
 
 BLOCK = 1 << 20  # bytes read of each parent at once; fits the cache, larger is slower (data-eval-soup 6.1)
 # keys of JSON side files that say where a file came from, not how the model behaves
@@ -45,13 +55,13 @@ def average(
 ) -> Path:
     """Write the weighted mean of `parents` to the folder `out` as a complete Hugging Face folder; returns it.
 
-    weights: one number a parent, divided by their sum; None = equal. Float tensors are averaged; integer and bool tensors
-    must be equal and are copied. Files, tensor order and side files (processor, tokenizer, templates) are the first
-    parent's. The bytes depend on the parents and weights only. `out` appears complete or not at all; one that exists is
-    replaced. `advance` is told the bytes of parents read.
+    weights: one number a parent, divided by their sum; None = equal. Float tensors are averaged; integer and bool
+    tensors must be equal and are copied. Files, tensor order and side files (processor, tokenizer, templates) are the
+    first parent's. The bytes depend on the parents and weights only. `out` appears complete or not at all; one that
+    exists is replaced. `advance` is told the bytes of parents read.
 
-    Raises ModelError naming the first difference and both values: other tensors, shapes, dtypes, integer values, config or
-    side files, ancestors; NaN or Inf with tensor, parent and place; damaged files; weights that do not fit.
+    Raises ModelError naming the first difference and both values: other tensors, shapes, dtypes, integer values, config
+    or side files, ancestors; NaN or Inf with tensor, parent and place; damaged files; weights that do not fit.
     """
     share = _weights(parents, weights)
     out = Path(out)
@@ -81,8 +91,8 @@ def check(parents: Sequence[Parent], opened: Sequence[Weights]) -> None:
     for parent, weights in zip(parents[1:], opened[1:], strict=True):
         if first.ancestor != parent.ancestor:
             raise ModelError(
-                f"{first.name} descends from {_short(first.ancestor)}, {parent.name} from {_short(parent.ancestor)}: models "
-                "that were not tuned from the same start average to noise. Train both from one checkpoint."
+                f"{first.name} descends from {_short(first.ancestor)}, {parent.name} from {_short(parent.ancestor)}: "
+                "models that were not tuned from the same start average to noise. Train both from one checkpoint."
             )
         _check_side_files(first, parent)
         _check_tensors(first, parent, opened[0].tensors, weights.tensors)
@@ -93,45 +103,54 @@ def _check_tensors(first: Parent, other: Parent, a: dict[str, TensorInfo], b: di
         has, lacks = (first, other) if name in a else (other, first)
         raise ModelError(
             f"tensor {name} is in {has.name} ({len(a if name in a else b)} tensors) but not in {lacks.name} "
-            f"({len(b if name in a else a)} tensors): only models of one architecture can be averaged. An output layer that "
-            "one of them ties to the embedding must be tied in all."
+            f"({len(b if name in a else a)} tensors): only models of one architecture can be averaged. An output layer "
+            "that one of them ties to the embedding must be tied in all."
         )
     for name in a:
         for what in ("shape", "dtype"):
             x, y = getattr(a[name], what), getattr(b[name], what)
             if x != y:
                 x, y = (list(x), list(y)) if what == "shape" else (x, y)
-                raise ModelError(f"tensor {name} has {what} {x} in {first.name} and {y} in {other.name}: only equal "
-                                 f"{what}s can be averaged. Save both models in the same form.")
+                raise ModelError(
+                    f"tensor {name} has {what} {x} in {first.name} and {y} in {other.name}: only equal "
+                    f"{what}s can be averaged. Save both models in the same form."
+                )
 
 
 def _side_files(folder: Path) -> list[str]:
     names = (p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
     return sorted(
-        n for n in names
-        if n not in IGNORED_FILES and not n.endswith(".safetensors") and not any(p.startswith(".") for p in n.split("/"))
-    )  # fmt: skip
+        n
+        for n in names
+        if n not in IGNORED_FILES and not n.endswith(".safetensors") and not any(p[0] == "." for p in n.split("/"))
+    )
 
 
 def _check_side_files(first: Parent, other: Parent) -> None:
     a, b = _side_files(first.folder), _side_files(other.folder)
     for name in sorted(set(a) ^ set(b)):
         has, lacks = (first, other) if name in a else (other, first)
-        raise ModelError(f"{name} is in {has.name} but not in {lacks.name}: the soup would not know which to keep. Save both "
-                         "models with the same side files.")
+        raise ModelError(
+            f"{name} is in {has.name} but not in {lacks.name}: the soup would not know which to keep. Save both "
+            "models with the same side files."
+        )
     for name in a:
         x, y = (p.folder / name for p in (first, other))
         left, right = x.read_bytes(), y.read_bytes()
         if left == right:
             continue
         if not name.endswith(".json"):
-            raise ModelError(f"{name} differs between {first.name} ({len(left)} bytes) and {other.name} ({len(right)} bytes): "
-                             "a soup needs one tokenizer, template and processor.")
+            raise ModelError(
+                f"{name} differs between {first.name} ({len(left)} bytes) and {other.name} ({len(right)} bytes): "
+                "a soup needs one tokenizer, template and processor."
+            )
         difference = _difference(json.loads(left), json.loads(right), "")
         if difference:
             where, p, q = difference
-            raise ModelError(f"{name}: {where} is {p} in {first.name} and {q} in {other.name}: a soup needs one config, "
-                             "tokenizer and processor. Train the candidates with the same settings.")
+            raise ModelError(
+                f"{name}: {where} is {p} in {first.name} and {q} in {other.name}: a soup needs one config, "
+                "tokenizer and processor. Train the candidates with the same settings."
+            )
 
 
 def _difference(a: Any, b: Any, where: str) -> tuple[str, str, str] | None:
@@ -177,9 +196,12 @@ def _mean(
         values = to_float64(block, info.dtype)
         if not np.isfinite(values).all():
             place = int(np.flatnonzero(~np.isfinite(values))[0])
-            at = [int(i) for i in np.unravel_index(offset // FLOATS[info.dtype] + place, info.shape)] if info.shape else []
-            raise ModelError(f"tensor {name} of {parent.name} holds {values[place]} at {at}: one such value makes the whole "
-                             "soup useless. Leave this candidate out or train it again.")
+            flat = offset // FLOATS[info.dtype] + place
+            at = [int(i) for i in np.unravel_index(flat, info.shape)]
+            raise ModelError(
+                f"tensor {name} of {parent.name} holds {values[place]} at {at}: one such value makes the whole "
+                "soup useless. Leave this candidate out or train it again."
+            )
         if weight != 1:
             values *= weight
         total = values if total is None else np.add(total, values, out=total)
@@ -197,8 +219,8 @@ def _check_equal(name: str, info: TensorInfo, offset: int, data: Sequence[bytes]
             a, b = (np.frombuffer(d, dtype) for d in (data[0], block))
             place = int(np.flatnonzero(a != b)[0])
             raise ModelError(
-                f"tensor {name} ({info.dtype}) is {a[place]} in {parents[0].name} and {b[place]} in {parent.name} at flat "
-                f"position {offset // width + place}: integers have no mean, so they must be equal."
+                f"tensor {name} ({info.dtype}) is {a[place]} in {parents[0].name} and {b[place]} in {parent.name} at "
+                f"flat position {offset // width + place}: integers have no mean, so they must be equal."
             )
 
 

@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict
 
 
 class TraceStep(BaseModel):
-    """One decision of the greedy search. before: accuracy of the pool so far (None for the first model); after: accuracy
-    of the pool with the candidate."""
+    """One decision of the greedy search. before: accuracy of the pool so far (None for the first model); after:
+    accuracy of the pool with the candidate."""
 
     model_config = ConfigDict(extra="forbid")
     step: int
@@ -34,8 +34,8 @@ def greedy(
 ) -> tuple[list[str], list[TraceStep]]:
     """Greedy soup. `pooled(names)` gives the accuracy of the mean of those models; it is asked for two or more only.
 
-    Models in order of `ranking`; the first is accepted; each further one when the pool with it is at least as accurate as
-    without (>=, as in POINTS; model-soups itself asks >).
+    Models in order of `ranking`; the first is accepted; each further one when the pool with it is at least as accurate
+    as without (>=, as in POINTS; model-soups itself asks >).
     """
     pool: list[str] = []
     trace: list[TraceStep] = []

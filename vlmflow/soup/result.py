@@ -13,7 +13,8 @@ from vlmflow.soup.choose import TraceStep
 
 
 class SoupEntry(BaseModel):
-    """A model of the search: its reference, the candidate names it is the mean of, its scores on the selection split."""
+    """A model of the search: its reference, the candidate names it is the mean of, its scores on the selection
+    split."""
 
     model_config = ConfigDict(extra="forbid")
     ref: ModelRef

@@ -36,18 +36,21 @@ def run(ctx: Context, candidates: dict[str, ModelRef]) -> SoupResult:
     Acc = mean of all benchmarks on the selection split. "best" = the highest of all soups and candidates; equal ones:
     greedy, average, maximum, then candidates by name. A soup of one ingredient is that candidate, its weights included.
 
-    Raises RecipeError: no soup section, no candidates, a candidate with a soup's name; ModelError: candidates that cannot
-    be averaged (different start, tensors, config, NaN), before anything is evaluated.
+    Raises RecipeError: no soup section, no candidates, a candidate with a soup's name; ModelError: candidates that
+    cannot be averaged (different start, tensors, config, NaN), before anything is evaluated.
     """
-    if ctx.recipe.soup is None:
-        raise RecipeError("the recipe has no soup section, so there is nothing to choose by; add soup.stage and candidates")
+    spec = ctx.recipe.soup
+    if spec is None:
+        raise RecipeError(
+            "the recipe has no soup section, so there is nothing to choose by; add soup.stage and candidates"
+        )
     if not candidates:
         raise RecipeError("soup.candidates is empty; a soup needs at least one trained candidate")
     clash = sorted(set(candidates) & set(SOUPS))
     if clash:
         raise RecipeError(f"soup.candidates.{clash[0]}: this name is taken by a soup ({', '.join(SOUPS)}); rename it")
     _check_start(candidates)
-    kitchen = _Kitchen(ctx, candidates)
+    kitchen = _Kitchen(ctx, spec.stage, candidates)
     everything = kitchen.published(candidates)  # first: refuses what cannot be averaged before time goes into scores
 
     entries = {
@@ -56,17 +59,17 @@ def run(ctx: Context, candidates: dict[str, ModelRef]) -> SoupResult:
     }
     accuracy = {name: entry.selection.mean for name, entry in entries.items()}
     pool, trace = greedy(accuracy, lambda names: kitchen.scores(names).mean)
-    sets = {"greedy": pool, "average": sorted(candidates), "maximum": maximum(accuracy, ctx.recipe.soup.maximum)}
+    sets = {"greedy": pool, "average": sorted(candidates), "maximum": maximum(accuracy, spec.maximum)}
     soups = {}
     for name in SOUPS:
         ref = everything if name == "average" else kitchen.published(sets[name])
         soups[name] = SoupEntry(ref=ref, ingredients=sets[name], selection=kitchen.scores(sets[name]))
-    return SoupResult(soups=soups, candidates=entries, chosen=_choose(ctx, soups, entries), trace=trace)
+    return SoupResult(soups=soups, candidates=entries, chosen=_choose(spec.choose, soups, entries), trace=trace)
 
 
-def _choose(ctx: Context, soups: Mapping[str, SoupEntry], candidates: Mapping[str, SoupEntry]) -> str:
-    if ctx.recipe.soup.choose != "best":
-        return ctx.recipe.soup.choose
+def _choose(by: str, soups: Mapping[str, SoupEntry], candidates: Mapping[str, SoupEntry]) -> str:
+    if by != "best":
+        return by
     everyone = [*((name, soups[name]) for name in SOUPS), *sorted(candidates.items())]
     return max(everyone, key=lambda item: item[1].selection.mean)[0]  # max keeps the first of equals
 
@@ -85,8 +88,8 @@ def _check_start(candidates: Mapping[str, ModelRef]) -> None:
 class _Kitchen:
     """Means of sets of candidates, by name. A set's order does not matter: ingredients are sorted by identity."""
 
-    def __init__(self, ctx: Context, candidates: Mapping[str, ModelRef]) -> None:
-        self.ctx, self.candidates = ctx, candidates
+    def __init__(self, ctx: Context, stage: str, candidates: Mapping[str, ModelRef]) -> None:
+        self.ctx, self.stage, self.candidates = ctx, stage, candidates
         self.identity = {name: digest(sorted((f.path, f.sha256) for f in c.files)) for name, c in candidates.items()}
         self.settings = evaluation.settings_digest(ctx, "selection")
         self._folders: dict[str, Path] = {}
@@ -105,7 +108,7 @@ class _Kitchen:
             parents = [self.candidates[n] for n in names]
             lineage = ModelLineage(
                 step="soup",
-                stage=self.ctx.recipe.soup.stage,
+                stage=self.stage,
                 params={"weights": "equal", "accumulation": "float64", "version": VERSION},
                 parents=[p.weights_sha256 for p in parents],
                 ancestor=parents[0].lineage.ancestor,

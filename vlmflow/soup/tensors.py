@@ -52,7 +52,9 @@ class Weights:
             self._open[info.file] = open(self.folder / info.file, "rb")  # noqa: SIM115
         data = os.pread(self._open[info.file].fileno(), length, info.start + offset)
         if len(data) != length:
-            raise ModelError(f"{self.folder / info.file}: tensor {name} ended after {offset + len(data)} of {info.nbytes} bytes")
+            raise ModelError(
+                f"{self.folder / info.file}: tensor {name} ended after {offset + len(data)} of {info.nbytes} bytes"
+            )
         return data
 
     def will_need(self, name: str) -> None:
@@ -112,8 +114,10 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         head = f.read(8)
         length = int.from_bytes(head, "little")
         if len(head) < 8 or 8 + length > size:
-            raise ModelError(f"{path}: {size} bytes, but the header alone needs {8 + length}: the file was cut. "
-                             "Copy or train it again.")
+            raise ModelError(
+                f"{path}: {size} bytes, but the header alone needs {8 + length}: the file was cut. "
+                "Copy or train it again."
+            )
         header = _json(f.read(length), path)
     metadata = header.pop("__metadata__", {})
     tensors, at = {}, 8 + length
@@ -122,20 +126,26 @@ def read_header(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         width = FLOATS.get(dtype) or EXACT.get(dtype)
         if width is None:
-            raise ModelError(f"{path}: tensor {name} has dtype {dtype}; a soup can average {', '.join(FLOATS)} and copy "
-                             f"{', '.join(EXACT)}")
+            raise ModelError(
+                f"{path}: tensor {name} has dtype {dtype}; a soup can average {', '.join(FLOATS)} and copy "
+                f"{', '.join(EXACT)}"
+            )
         if stop - start != prod(shape) * width or start != at:
-            raise ModelError(f"{path}: tensor {name} of shape {list(shape)} and dtype {dtype} needs {prod(shape) * width} "
-                             f"bytes at {at}, the header gives {stop - start} at {start}: the file is damaged")
+            raise ModelError(
+                f"{path}: tensor {name} of shape {list(shape)} and dtype {dtype} needs {prod(shape) * width} "
+                f"bytes at {at}, the header gives {stop - start} at {start}: the file is damaged"
+            )
         tensors[name], at = TensorInfo(path.name, dtype, shape, start, stop - start), stop
     if at != size:
-        raise ModelError(f"{path}: {size} bytes, but its tensors end at {at}: the file was cut or damaged. Copy or train "
-                         "it again.")
+        raise ModelError(
+            f"{path}: {size} bytes, but its tensors end at {at}: the file was cut or damaged. Copy or train it again."
+        )
     return tensors, metadata
 
 
 def write_header(tensors: dict[str, TensorInfo], metadata: dict[str, str]) -> bytes:
-    """Header bytes for tensors that will follow in this order; equal input gives equal bytes. Start at a multiple of 8."""
+    """Header bytes for tensors that will follow in this order; equal input gives equal bytes. Start at a multiple of
+    8."""
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     at = 0
     for name, info in tensors.items():
@@ -162,8 +172,8 @@ def to_float64(data: bytes, dtype: str) -> np.ndarray:
 def from_float64(values: np.ndarray, dtype: str) -> bytes:
     """float64 [n] -> stored bytes, each value rounded once to the nearest (ties to even).
 
-    bfloat16 by way of float32 would round twice; the float32 step therefore rounds to odd, which keeps the last bit as a
-    witness of what was cut (Boldo and Melquiond 2008)."""
+    bfloat16 by way of float32 would round twice; the float32 step therefore rounds to odd, which keeps the last bit as
+    a witness of what was cut (Boldo and Melquiond 2008)."""
     if dtype != "BF16":
         return values.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
     near = values.astype(np.float32)
