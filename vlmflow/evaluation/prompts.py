@@ -21,8 +21,8 @@ def build(question: Question, kind: str, suffix: str | None = None) -> str:
     """The prompt text of a question (images are passed beside it, before the text).
 
     reading: the question; multiple_choice: hint, question, the options as "A. text", one a line; yes_no: the question.
-    `suffix`: None or "" = the kind's own; "none" = nothing; a text that starts with a blank is appended as it stands (some
-    published settings do), any other becomes the last line.
+    `suffix`: None or "" = the kind's own; "none" = nothing; a text that starts with a blank is appended as it stands
+    (some published settings do), any other becomes the last line.
     """
     if kind not in KINDS:
         raise ValueError(f"benchmark kind {kind!r} is not known; known kinds: {', '.join(KINDS)}")

@@ -23,7 +23,8 @@ _fetched: dict[tuple[str, str], Path] = {}  # (uri, scratch) of this process
 
 
 def local_table(uri: str, scratch: str | Path) -> Path:
-    """The path of the table on this machine. Raises NotFound, Unreachable or another StorageError naming the address."""
+    """The path of the table on this machine. Raises NotFound, Unreachable or another StorageError naming the
+    address."""
     local = storage.local_path(uri)
     if local is not None:
         if not local.is_file():
@@ -62,8 +63,8 @@ def _download(uri: str, path: Path) -> None:
             problem = f"{type(e).__name__}: {e}"
         if attempt == ATTEMPTS:
             raise Unreachable(
-                f"benchmark table {uri} could not be fetched in {ATTEMPTS} attempts ({problem}). Start the server or copy "
-                "the table to the store, then run again; finished benchmarks are kept."
+                f"benchmark table {uri} could not be fetched in {ATTEMPTS} attempts ({problem}). Start the server or "
+                "copy the table to the store, then run again; finished benchmarks are kept."
             )
 
 
