@@ -6,6 +6,7 @@ import base64
 import csv
 import functools
 import http.server
+import os
 import threading
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def test_refusals_name_row_and_column(tmp_path: Path, rows: list, kind: str, wor
 def test_broken_files(tmp_path: Path) -> None:
     path = tmp_path / "t.tsv"
     path.write_text("index\tquestion\tanswer\n1\ta\tb\tc\n")
-    with pytest.raises(DataError, match="row '1'.*4 cells.*3 columns"):
+    with pytest.raises(DataError, match=r"row '1'.*4 cells.*3 columns"):
         Table(path, "reading")
     path.write_bytes(b"index\tquestion\tanswer\n1\t\xff\tb\n")
     with pytest.raises(DataError, match="line 2 is not UTF-8"):
@@ -187,8 +188,6 @@ def test_table_over_http_follows_changes(tmp_path: Path, monkeypatch: pytest.Mon
         monkeypatch.setattr(table_file, "_fetched", {})  # a new process: the server says 304
         assert table_file.local_table(uri, scratch).read_text() == "one"
         (served / "a.tsv").write_text("three")
-        import os
-
         os.utime(served / "a.tsv", (2e9, 2e9))
         monkeypatch.setattr(table_file, "_fetched", {})
         assert table_file.local_table(uri, scratch).read_text() == "three"
@@ -200,5 +199,5 @@ def test_table_over_http_follows_changes(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(Unreachable, match="3 attempts"):
         table_file.local_table(uri + "?other", scratch)
     assert table_file.local_table(str(served / "a.tsv"), scratch) == served / "a.tsv"
-    with pytest.raises(NotFound, match="none.tsv"):
+    with pytest.raises(NotFound, match=r"none\.tsv"):
         table_file.local_table(str(tmp_path / "none.tsv"), scratch)

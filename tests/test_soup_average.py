@@ -206,8 +206,7 @@ def change(tmp_path: Path, what: str) -> tuple[list[Parent], list[str]]:
 
 @pytest.mark.parametrize(
     "what",
-    ["key", "shape", "dtype", "integer", "bool", "config", "template", "missing side file", "nan", "infinity",
-    "ancestor",
+    ["key", "shape", "dtype", "integer", "bool", "config", "template", "missing side file", "nan", "infinity", "ancestor",
      "cut", "cut header", "no weights"],
 )  # fmt: skip
 def test_refusals_name_the_difference_and_leave_nothing(tmp_path: Path, what: str) -> None:
@@ -229,7 +228,7 @@ def test_provenance_in_config_is_no_difference(tmp_path: Path) -> None:
 def test_a_shard_that_the_index_names_is_missing(tmp_path: Path) -> None:
     p = parents(tmp_path, 2, shards=2)
     (p[1].folder / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(ModelError, match="model-00002-of-00002.safetensors is named by .* but is not there"):
+    with pytest.raises(ModelError, match=r"model-00002-of-00002.safetensors is named by .* but is not there"):
         average(p, tmp_path / "soup")
 
 
@@ -250,7 +249,8 @@ def test_killed_half_way_leaves_nothing_and_the_next_run_gives_the_same_bytes(tm
         "seen = []\n"
         "def advance(n):\n    seen.append(n)\n    if len(seen) == 4: os.kill(os.getpid(), signal.SIGKILL)\n"
         "base = Path(sys.argv[1])\n"
-        "module.average([module.Parent('a', base / 'm0'), module.Parent('b', base / 'm1')], base / 'soup', advance=advance)\n"
+        "both = [module.Parent('a', base / 'm0'), module.Parent('b', base / 'm1')]\n"
+        "module.average(both, base / 'soup', advance=advance)\n"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], env=env, check=False)

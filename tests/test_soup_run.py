@@ -213,9 +213,7 @@ def test_greedy_against_a_reference_on_random_tables() -> None:
         accuracy = {n: table[frozenset([n])] for n in names}
         asked: list[frozenset[str]] = []
 
-        def pooled(
-            group: tuple[str, ...], table: dict = table, asked: list[frozenset[str]] = asked
-        ) -> float:  # bound for the linter
+        def pooled(group: tuple[str, ...], table: dict = table, asked: list[frozenset[str]] = asked) -> float:
             asked.append(frozenset(group))
             return table[frozenset(group)]
 
