@@ -1,0 +1,86 @@
+"""A local copy of a benchmark table, wherever the recipe says it is: a path, file://, s3:// or http(s)://.
+
+Scores are cached under the table's hash, so the copy must be today's: an object is fetched once per process, and a web
+address is asked whether it changed (ETag, Last-Modified).
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from vlmflow import storage
+from vlmflow.digest import digest
+from vlmflow.errors import NotFound, StorageError, Unreachable
+
+TIMEOUT = 60.0  # seconds without a byte
+ATTEMPTS = 3
+_fetched: dict[tuple[str, str], Path] = {}  # (uri, scratch) of this process
+
+
+def local_table(uri: str, scratch: str | Path) -> Path:
+    """The path of the table on this machine. Raises NotFound, Unreachable or another StorageError naming the
+    address."""
+    local = storage.local_path(uri)
+    if local is not None:
+        if not local.is_file():
+            raise NotFound(f"benchmark table {local} is not there; check evaluation.benchmarks.*.table in the recipe")
+        return local
+    known = (uri, str(scratch))
+    if known not in _fetched or not _fetched[known].exists():
+        path = Path(scratch) / "benchmarks" / f"{digest(uri)[:24]}.tsv"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if uri.startswith(("http://", "https://")):
+            _download(uri, path)
+        else:
+            storage.get_file(uri, path)
+        _fetched[known] = path
+    return _fetched[known]
+
+
+def _download(uri: str, path: Path) -> None:
+    memory = path.with_suffix(".etag.json")
+    headers = json.loads(memory.read_text()) if path.exists() and memory.exists() else {}
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            request = urllib.request.Request(uri, headers={"User-Agent": "vlmflow", **headers})
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+                _receive(reply, path, memory)
+            return
+        except urllib.error.HTTPError as e:
+            if e.code == 304:
+                return
+            if e.code in (404, 410):
+                raise NotFound(f"benchmark table {uri}: the server answers {e.code} {e.reason}") from None
+            problem = f"the server answers {e.code} {e.reason}"
+            if e.code < 500 and e.code != 429:
+                raise StorageError(f"benchmark table {uri}: {problem}") from None
+        except (OSError, http.client.HTTPException) as e:
+            problem = f"{type(e).__name__}: {e}"
+        if attempt == ATTEMPTS:
+            raise Unreachable(
+                f"benchmark table {uri} could not be fetched in {ATTEMPTS} attempts ({problem}). Start the server or "
+                "copy the table to the store, then run again; finished benchmarks are kept."
+            )
+
+
+def _receive(reply: http.client.HTTPResponse, path: Path, memory: Path) -> None:
+    memory.unlink(missing_ok=True)  # it must never describe another body
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as f:
+            while block := reply.read(1 << 20):
+                f.write(block)
+            found = f.tell()
+        expected = reply.headers.get("Content-Length")
+        if expected is not None and found != int(expected):
+            raise OSError(f"{found} of {expected} bytes arrived")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+    pairs = (("If-None-Match", reply.headers.get("ETag")), ("If-Modified-Since", reply.headers.get("Last-Modified")))
+    memory.write_text(json.dumps({name: value for name, value in pairs if value}))
