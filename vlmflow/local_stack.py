@@ -24,7 +24,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -70,8 +70,12 @@ class ServiceStatus:
     log: Path
 
 
-def up(state_dir: str | Path = ".vlmflow", report: Callable[[str], None] | None = None) -> StackInfo:
-    """Start what is not running, keep what is healthy, and return when both servers answer.
+def up(
+    state_dir: str | Path = ".vlmflow",
+    report: Callable[[str], None] | None = None,
+    services: Sequence[str] = SERVICES,
+) -> StackInfo:
+    """Start what is not running, keep what is healthy, and return when both servers (or those named) answer.
 
     Idempotent: a second call returns the same ports and credentials in milliseconds. A dead or deaf server is
     replaced. Raises ServiceError (with the end of the server's log) when a server cannot start.
@@ -82,7 +86,7 @@ def up(state_dir: str | Path = ".vlmflow", report: Callable[[str], None] | None 
         _prepare(state)
         with _locked(state):
             info = _load_or_choose(state)
-            waiting = [name for name in SERVICES if not _adopt(state, name, info)]
+            waiting = [name for name in services if not _adopt(state, name, info)]
             taken = [name for name in waiting if not _free(_port(state, name))]
             if taken:
                 info = _load_or_choose(state, forget=taken)

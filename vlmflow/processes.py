@@ -106,7 +106,8 @@ def session_rss(session: int) -> int:
 def _members(mark: Mark) -> list[int]:
     """Live processes of the marked session; empty when the session id belongs to a stranger by now."""
     leader = alive(mark)
-    if mark.boot != _boot() or (not leader and _stat(mark.pid) is not None):
+    stat = _stat(mark.pid)
+    if mark.boot != _boot() or (stat is not None and stat[1] != mark.started):
         return []
     found = [mark.pid] if leader else []
     for pid in _pids():
