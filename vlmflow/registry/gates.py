@@ -18,7 +18,7 @@ from vlmflow.registry.rows import ScoreRow
 
 if TYPE_CHECKING:
     from vlmflow.models.store import ModelRef
-    from vlmflow.recipe_results import GatesSpec
+    from vlmflow.recipe.results import GatesSpec
 
 BLOCK = 8 * 2**20
 

@@ -87,6 +87,7 @@ def run(
     with tracking.translated(f"registering {name}"):
         experiment_id = tracking.experiment(mlflow, spec.experiment)
         run_id = tracking.find_or_create_run(mlflow, experiment_id, key, f"{ctx.recipe.name}-{key[:8]}", tags)
+        experiment_id = str(mlflow.get_run(run_id).info.experiment_id)  # a given run may belong to another one
         _registered_model(mlflow, name)
         version = _find_version(mlflow, name, key)
         if version is None:
@@ -98,10 +99,11 @@ def run(
             made = mlflow.create_model_version(
                 name, source, run_id=run_id, tags=tags, model_id=model_id, description=_description(rows, final)
             )
-            mlflow.set_terminated(run_id, "FINISHED")
+            if not os.environ.get("MLFLOW_RUN_ID"):  # a given run is ended by whoever opened it
+                mlflow.set_terminated(run_id, "FINISHED")
             version, source = str(made.version), str(made.source)
         else:
-            version, source = str(version.version), str(version.source)
+            run_id, source, version = str(version.run_id), str(version.source), str(version.version)
             for tag, value in tags.items():  # a gate's verdict follows the scores and files as they are now
                 mlflow.set_model_version_tag(name, version, tag, value)
     return Registered(
