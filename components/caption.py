@@ -21,5 +21,5 @@ def caption(
     from vlmflow.step import open_step
 
     with open_step("caption", recipe.path) as ctx:
-        manifest = caption.run(ctx, ports.get_manifest(dataset), ports.get_model(model))
+        manifest = ports.curate(ctx, caption, ports.get_manifest(dataset), ports.get_model(model))
         ports.put_manifest(ctx, manifest, data, page, metrics, title="Synthetic captions", layer="synthetic")

@@ -20,5 +20,5 @@ def fuse(
     from vlmflow.step import open_step
 
     with open_step("fuse", recipe.path) as ctx:
-        manifest = fuse.run(ctx, ports.get_manifest(dataset))
+        manifest = ports.curate(ctx, fuse, ports.get_manifest(dataset))
         ports.put_manifest(ctx, manifest, data, page, metrics, title="Fused captions", layer="fused")

@@ -20,5 +20,5 @@ def keep(
     from vlmflow.step import open_step
 
     with open_step("keep", recipe.path) as ctx:
-        manifest = keep.run(ctx, ports.get_manifest(dataset))
+        manifest = ports.curate(ctx, keep, ports.get_manifest(dataset))
         ports.put_manifest(ctx, manifest, data, page, metrics, title="Selection", layer="keep")

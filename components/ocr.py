@@ -20,5 +20,5 @@ def ocr(
     from vlmflow.step import open_step
 
     with open_step("ocr", recipe.path) as ctx:
-        manifest = ocr.run(ctx, ports.get_manifest(dataset))
+        manifest = ports.curate(ctx, ocr, ports.get_manifest(dataset))
         ports.put_manifest(ctx, manifest, data, page, metrics, title="OCR", layer="ocr")

@@ -21,5 +21,5 @@ def perplexity(
     from vlmflow.step import open_step
 
     with open_step("perplexity", recipe.path) as ctx:
-        manifest = perplexity.run(ctx, ports.get_manifest(dataset), ports.get_model(model))
+        manifest = ports.curate(ctx, perplexity, ports.get_manifest(dataset), ports.get_model(model))
         ports.put_manifest(ctx, manifest, data, page, metrics, title="Caption perplexity", layer="ppl")
