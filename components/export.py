@@ -25,5 +25,5 @@ def export(
 
     with open_step("export", recipe.path) as ctx:
         datasets = ports.get_manifests(seed=seed, web=web, sft=sft)
-        made = ports.export(ctx, ports.get_model(model), ports.get_scores(scores), ports.get_soup(soup), datasets)
+        made = ports.export(ctx, ports.get_model(model), ports.get_scores(ctx, scores), ports.get_soup(soup), datasets)
         ports.put_object(made, exported, page, metrics, title="Exported model")

@@ -26,5 +26,5 @@ def register(
 
     with open_step("register", recipe.path) as ctx:
         datasets = ports.get_manifests(seed=seed, web=web, sft=sft)
-        made = registry.run(ctx, ports.get_model(model), ports.get_scores(scores), ports.get_soup(soup), datasets)
+        made = registry.run(ctx, ports.get_model(model), ports.get_scores(ctx, scores), ports.get_soup(soup), datasets)
         ports.put_object(made, registered, page, metrics, title="Registered model")

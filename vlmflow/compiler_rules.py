@@ -82,7 +82,7 @@ def no_pip_install(spec: Spec, platform: Spec) -> Findings:
 
 def one_image(spec: Spec, platform: Spec) -> Findings:
     """All steps run one image, so that one digest says which code made a model."""
-    images = {name: e.get("container", {}).get("image", "") for name, e in _executors(spec).items()}
+    images = {name: e["container"].get("image", "") for name, e in _executors(spec).items() if "container" in e}
     if len(set(images.values())) > 1:
         yield "deploymentSpec", f"several images {sorted(set(images.values()))}; set base_image of every component"
     for name, image in images.items():

@@ -18,12 +18,15 @@ from vlmflow.errors import DataError, RecipeError
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
     from vlmflow.models.store import ModelRef
+    from vlmflow.evaluation.scores import Scores
     from vlmflow.recipe import Recipe
+    from vlmflow.soup.result import SoupResult
     from vlmflow.step import Context
 
 T = TypeVar("T")
 DATASETS = ("seed", "web", "sft")  # what the points pipeline carries
 STAGES = ("ocr", "align", "sft")
+SOUPS = ("maximum", "average", "greedy")
 
 
 class Port(Protocol):
@@ -186,21 +189,25 @@ def get_candidates(ctx: Context, ports: list[Port]) -> dict[str, ModelRef]:
     return {name: found[name] for name in names}
 
 
-def get_soup(port: Port) -> Any:
+def get_soup(port: Port) -> SoupResult:
     """The result of the soup step."""
-    from vlmflow.soup.run import SoupResult
+    from vlmflow.soup.result import SoupResult
 
-    return read_object(SoupResult, port.path)
+    return SoupResult.load(port.path)
 
 
-def put_soup(made: Any, result: Port, model: Port, page: Port, metrics: Port) -> None:
-    """Write the soups, and the chosen one as a model artifact."""
-    write_object(made, result.path)
-    chosen = made.soups[made.chosen]
-    write_object(chosen, model.path)
-    model.metadata.update({"name": chosen.name, "weights": chosen.weights_sha256, "soup": made.chosen})
-    rows = [{"soup": n, "weights": r.weights_sha256, "chosen": n == made.chosen} for n, r in made.soups.items()]
-    show("Soups", {"soups": len(made.soups), "chosen": made.chosen}, page, metrics, table=rows)
+def put_soup(made: SoupResult, result: Port, model: Port, page: Port, metrics: Port) -> None:
+    """Write the soups, and the chosen model as a model artifact."""
+    made.save(result.path)
+    write_object(made.model, model.path)
+    model.metadata.update({"name": made.model.name, "weights": made.model.weights_sha256, "soup": made.chosen})
+    rows = [
+        {"model": name, "made of": " + ".join(entry.ingredients), "selection mean": entry.selection.mean}
+        | {benchmark: score.accuracy for benchmark, score in entry.selection.benchmarks.items()}
+        for name, entry in made.entries.items()
+    ]
+    values = {"chosen": made.chosen} | {name: entry.selection.mean for name, entry in made.entries.items()}
+    show("Soups, on the selection split", values, page, metrics, table=rows)
 
 
 def lineup(
@@ -208,14 +215,14 @@ def lineup(
 ) -> list[dict[str, str]]:
     """Models to evaluate as name -> URI of the model folder, dealt into at most `evaluators` groups.
 
-    Equal models under several names (a pass-through stage, a soup of one) are evaluated once per name; the
-    evaluation finds the finished result by digest.
+    A soup of one candidate has that candidate's weights: both names get a row, the evaluation finds the finished
+    result by digest.
     """
     models = {"untrained": get_model(untrained)}
     if ctx.recipe.bootstrap:
         models["bootstrap"] = get_model(bootstrap)
     models |= get_candidates(ctx, candidates)
-    models |= {f"soup-{name}": ref for name, ref in get_soup(soup).soups.items()}
+    models |= {name: entry.ref for name, entry in get_soup(soup).soups.items()}
     count = max(1, min(int(evaluators), len(models)))
     groups: list[dict[str, str]] = [{} for _ in range(count)]
     for index, (name, ref) in enumerate(models.items()):
@@ -228,7 +235,7 @@ def group_name(group: dict[str, str]) -> str:
     return f"evaluate-{next(iter(group))}"
 
 
-def evaluate(ctx: Context, group: dict[str, str]) -> dict[str, Any]:
+def evaluate(ctx: Context, group: dict[str, str]) -> dict[str, Scores]:
     """Scores on the report split of every model of a group."""
     from vlmflow.evaluation import run
     from vlmflow.models.store import MARKER, load_ref
@@ -236,22 +243,29 @@ def evaluate(ctx: Context, group: dict[str, str]) -> dict[str, Any]:
     return {name: run.run(ctx, load_ref(storage.join(uri, MARKER)), "report") for name, uri in group.items()}
 
 
-def put_scores(scores: dict[str, Any], out: Port, page: Port, metrics: Port) -> None:
+def put_scores(scores: dict[str, Scores], out: Port, page: Port, metrics: Port) -> None:
     """Write the scores of a group: an object of score objects."""
     plain = {name: score.model_dump(mode="json") for name, score in scores.items()}
     storage.write_json(out.path, plain)
     rows = [
         {"model": name, "mean": s.mean} | {b: v.accuracy for b, v in s.benchmarks.items()} for name, s in scores.items()
     ]
-    values = {row["model"]: {k: v for k, v in row.items() if k != "model"} for row in rows}
+    values = {str(row["model"]): {k: v for k, v in row.items() if k != "model"} for row in rows}
     show("Scores on the report split", values, page, metrics, table=rows)
 
 
-def get_scores(ports: list[Port]) -> dict[str, Any]:
-    """All groups' scores by model name."""
+def get_scores(ctx: Context, ports: list[Port]) -> dict[str, Scores]:
+    """All groups' scores by model name: untrained, bootstrap, candidates, soups."""
     from vlmflow.evaluation.scores import Scores
 
-    return {name: Scores.model_validate(s) for port in ports for name, s in storage.read_json(port.path).items()}
+    found = {name: Scores.model_validate(s) for port in ports for name, s in storage.read_json(port.path).items()}
+    order = ["untrained", "bootstrap", *candidate_names(ctx)]
+    known = [name for name in order if name in found]
+    return {name: found[name] for name in [*known, *sorted(set(found) - set(known), key=_soup_order)]}
+
+
+def _soup_order(name: str) -> tuple[int, str]:
+    return (SOUPS.index(name) if name in SOUPS else len(SOUPS), name)
 
 
 def put_object(obj: Any, out: Port, page: Port, metrics: Port, title: str) -> None:
