@@ -32,7 +32,9 @@ def _platform(task: PipelineTask) -> PipelineTask:
 
 def repeatable(task: PipelineTask) -> PipelineTask:
     """A task whose outputs are found again by digest: KFP may cache it and retries it with growing pauses."""
-    return _platform(task).set_retry(num_retries=2, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="300s")
+    return _platform(task).set_retry(
+        num_retries=2, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="300s"
+    )
 
 
 def once(task: PipelineTask) -> PipelineTask:

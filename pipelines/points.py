@@ -55,9 +55,7 @@ def points(recipe: str, overrides: list = [], soup_choice: str = "recipe", evalu
     model_p.set_display_name("train bootstrap")
 
     read = repeatable(ocr(recipe=resolved, dataset=raw["web"]))
-    captioned = repeatable(
-        caption(recipe=resolved, dataset=read.outputs["data"], model=model_p.outputs["model"])
-    )
+    captioned = repeatable(caption(recipe=resolved, dataset=read.outputs["data"], model=model_p.outputs["model"]))
     fused = repeatable(fuse(recipe=resolved, dataset=captioned.outputs["data"]))
     scored = repeatable(perplexity(recipe=resolved, dataset=fused.outputs["data"], model=model_p.outputs["model"]))
     kept = repeatable(keep(recipe=resolved, dataset=scored.outputs["data"]))
@@ -70,9 +68,7 @@ def points(recipe: str, overrides: list = [], soup_choice: str = "recipe", evalu
 
     candidates = repeatable(plan(recipe=resolved))
     with dsl.ParallelFor(candidates.output) as name:
-        stage3 = repeatable(
-            train(recipe=resolved, init=stage2.outputs["model"], stage="sft", candidate=name, **data)
-        )
+        stage3 = repeatable(train(recipe=resolved, init=stage2.outputs["model"], stage="sft", candidate=name, **data))
         stage3.set_display_name("train sft")
     # One dsl.Collected a consumer: the kfp compiler rewrites the object when it resolves it, so it cannot be shared.
     trained = partial(dsl.Collected, stage3.outputs["model"])

@@ -45,12 +45,13 @@ def each(note: Input[Artifact], name: str, made: Output[Artifact]):
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
 def second(notes: Input[list[Artifact]], metrics: Output[Metrics]):
     import os
+    from pathlib import Path
 
     from vlmflow.step import emit
 
     emit(step="second", state="start")
     emit(step="second", label="reading", done=1, total=2, unit="notes", note="", state="progress")
-    found = "|".join(f"{open(note.path).read()}={note.metadata['name']}" for note in notes)
+    found = "|".join(f"{Path(note.path).read_text()}={note.metadata['name']}" for note in notes)
     with open(os.environ["TEST_RESULT"], "w") as file:
         file.write(found)
     metrics.metadata["notes"] = len(notes)

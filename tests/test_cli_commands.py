@@ -93,7 +93,9 @@ def test_compile_refuses_a_floating_image_when_a_digest_is_asked_for(capsys, tmp
 def test_data_show(capsys, tmp_path):
     from vlmflow.dataset.manifest import Lineage, Manifest, ShardRef, save
 
-    shards = [ShardRef(uri=f"file:///s{i}.tar", sha256="a" * 64, bytes=2**20, samples=10, source="web") for i in range(2)]
+    shards = [
+        ShardRef(uri=f"file:///s{i}.tar", sha256="a" * 64, bytes=2**20, samples=10, source="web") for i in range(2)
+    ]
     uri = save(Manifest(name="web", shards=shards, lineage=[Lineage(step="pull")]), tmp_path.as_uri())
     code, out, _ = call(capsys, "data", "show", uri)
     assert code == 0 and "20 samples" in out and "made by pull" in out

@@ -86,8 +86,14 @@ BREAKS = [
     ("conditions", quoted),
     ("no-ignored-failure", ignored),
     ("small-arguments", huge),
-    ("no-private-parameters", lambda s: s["root"]["inputDefinitions"]["parameters"].update(s3_endpoint={"description": "x"})),
-    ("no-private-parameters", lambda s: container(s, "ocr").update(env=[{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}])),
+    (
+        "no-private-parameters",
+        lambda s: s["root"]["inputDefinitions"]["parameters"].update(s3_endpoint={"description": "x"}),
+    ),
+    (
+        "no-private-parameters",
+        lambda s: container(s, "ocr").update(env=[{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}]),
+    ),
     ("uncached", lambda s: root_task(s, "register").update(cachingOptions={"enableCache": True})),
     ("retried", lambda s: root_task(s, "ocr").pop("retryPolicy")),
     ("retried", growing_not),
@@ -163,7 +169,10 @@ def test_every_step_shows_something(package):
     silent = {"plan", "lineup"}  # they only return the lists that loops run over
     for name, component in package.spec["components"].items():
         if label := component.get("executorLabel", "").removeprefix("exec-"):
-            kinds = {a["artifactType"]["schemaTitle"] for a in component.get("outputDefinitions", {}).get("artifacts", {}).values()}
+            kinds = {
+                a["artifactType"]["schemaTitle"]
+                for a in component.get("outputDefinitions", {}).get("artifacts", {}).values()
+            }
             assert "system.HTML" in kinds or label in silent, name
 
 

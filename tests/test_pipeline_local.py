@@ -29,21 +29,19 @@ def package() -> str:
     return compiler.compile_function(tiny).text
 
 
-def start(package: str, tmp_path: Path, text: str) -> tuple[Estimate, str]:
+def start(package: str, tmp_path: Path, text: str, out: io.StringIO) -> Estimate:
     follower = Estimate([Planned("first", 1.0), Planned("second", 1.0)])
-    out = io.StringIO()
     console = Console(file=out, force_terminal=False, width=200)
-    try:
-        local.execute(package, {"text": text}, tmp_path / "state" / "runs" / "r1", follower, console)
-    finally:
-        start.out = out.getvalue()
-    return follower, out.getvalue()
+    local.execute(package, {"text": text}, tmp_path / "state" / "runs" / "r1", follower, console)
+    return follower
 
 
 def test_runs_both_steps_and_the_loop(package, tmp_path, monkeypatch):
     monkeypatch.setenv("TEST_RESULT", str(tmp_path / "result"))
-    follower, shown = start(package, tmp_path, "it's \"quoted\"")
-    assert (tmp_path / "result").read_text() == "it's \"quoted\" a=a|it's \"quoted\" b=b"
+    out = io.StringIO()
+    follower = start(package, tmp_path, 'it\'s "quoted"', out)
+    shown = out.getvalue()
+    assert (tmp_path / "result").read_text() == 'it\'s "quoted" a=a|it\'s "quoted" b=b'
     assert follower.ended == {"first": 0.5, "second": 0.25}
     assert "first done" in shown and "second done" in shown and "left" in shown
     assert "KFP Executor" not in shown  # kfp's chatter goes to the log
@@ -53,17 +51,18 @@ def test_runs_both_steps_and_the_loop(package, tmp_path, monkeypatch):
 
 
 def test_a_failing_step_says_its_own_words(package, tmp_path):
+    out = io.StringIO()
     with pytest.raises(StepFailed) as caught:
-        start(package, tmp_path, "boom")
+        start(package, tmp_path, "boom", out)
     assert "step 'first' failed: table 'a.csv' has no column 'url'" in str(caught.value)
     assert str(tmp_path / "state/runs/r1/log.txt") in str(caught.value)
     assert caught.value.exit_code == 2
-    assert "first FAILED" in start.out
+    assert "first FAILED" in out.getvalue()
 
 
 def test_a_killed_step_is_named_and_the_log_shown(package, tmp_path):
     with pytest.raises(StepFailed, match="step 'first' ended without a word"):
-        start(package, tmp_path, "killed")
+        start(package, tmp_path, "killed", io.StringIO())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
@@ -77,7 +76,9 @@ def test_a_signal_ends_every_process_of_the_run(package, tmp_path, number):
         "local.execute((p/'package.yaml').read_text(), {'text': 'sleep'}, p/'state/runs/r1', estimate.Estimate([]))\n"
     )
     env = {**os.environ, "TEST_PID_FILE": str(mark), "PYTHONPATH": str(HERE.parent)}
-    command = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     ready = Path(f"{mark}.ready")
     wait_for(ready.exists)
     task = int(ready.read_text())

@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +32,10 @@ app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 
 
-class Output(str, Enum):
+DEMO_RECIPE = "recipes/points-tiny.yaml"
+
+
+class Output(StrEnum):
     """How data are printed."""
 
     text = "text"
@@ -92,7 +95,12 @@ def up(state_dir: StateOption = Path(".vlmflow"), output: OutputOption = Output.
     from vlmflow import local_stack
 
     info = local_stack.up(state_dir, lambda text: typer.echo(text, err=True))
-    facts = {"store": info.root, "s3_endpoint": info.s3_endpoint, "mlflow": info.mlflow_uri, "state": str(info.state_dir)}
+    facts = {
+        "store": info.root,
+        "s3_endpoint": info.s3_endpoint,
+        "mlflow": info.mlflow_uri,
+        "state": str(info.state_dir),
+    }
     if output is Output.json:
         _print_json(facts)
     else:
@@ -115,17 +123,15 @@ def status(state_dir: StateOption = Path(".vlmflow"), output: OutputOption = Out
     from vlmflow import local_stack
 
     states = local_stack.status(state_dir)
-    rows = [
-        {"service": s.name, "running": s.running, "healthy": s.healthy, "pid": s.pid, "url": s.url, "rss_bytes": s.rss_bytes}
-        for s in states
-    ]
+    fields = ("name", "running", "healthy", "pid", "url", "rss_bytes")
+    rows = [{field: getattr(each, field) for field in fields} for each in states]
     if output is Output.json:
         _print_json(rows)
     else:
         for row in rows:
             state = "healthy" if row["healthy"] else "does not answer" if row["running"] else "stopped"
-            typer.echo(f"{row['service']:<8}{state:<17}{row['url'] or ''}  {(row['rss_bytes'] or 0) / 2**20:.0f} MiB")
-    if not all(s.healthy for s in states):
+            typer.echo(f"{row['name']:<8}{state:<17}{row['url'] or ''}  {(row['rss_bytes'] or 0) / 2**20:.0f} MiB")
+    if not all(each.healthy for each in states):
         raise typer.Exit(6)
 
 
@@ -149,12 +155,14 @@ def run(
 
 @app.command()
 def demo(
+    recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help="Recipe on the demo's tables.")] = DEMO_RECIPE,
     overrides: Overrides = None,
     state_dir: StateOption = Path(".vlmflow"),
-    recipe: Annotated[Path, typer.Option(help="Recipe of the demo.")] = Path("recipes/points-tiny.yaml"),
     output: OutputOption = Output.text,
 ) -> None:
     """Run the tiny recipe on real images served over HTTP by this command itself."""
+    if "=" in recipe:  # only overrides were given
+        recipe, overrides = DEMO_RECIPE, [recipe, *(overrides or [])]
     from rich.console import Console
 
     from vlmflow import demo as data
@@ -172,7 +180,9 @@ def demo(
 @app.command("compile")
 def compile_(
     pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")] = "points",
-    target: Annotated[Path, typer.Option("--to", help="YAML package to write.")] = Path("pipelines/compiled/points.yaml"),
+    target: Annotated[Path, typer.Option("--to", help="YAML package to write.")] = Path(
+        "pipelines/compiled/points.yaml"
+    ),
     image: Annotated[str, typer.Option(help="Image of all steps, e.g. registry/vlmflow@sha256:...")] = "",
     require_digest: Annotated[bool, typer.Option(help="Refuse an image that is not pinned by digest.")] = False,
 ) -> None:
@@ -197,7 +207,9 @@ def data_show(
         total["shards"] += 1
         total["samples"] += shard.samples
         total["bytes"] += shard.bytes
-    layers = {name: {"digest": layer.digest, "summary": layer.summary} for name, layer in loaded.layers.items()}
+    layers: dict[str, dict[str, Any]] = {
+        name: {"digest": layer.digest, "summary": layer.summary} for name, layer in loaded.layers.items()
+    }
     facts: dict[str, Any] = {
         "name": loaded.name,
         "digest": loaded.digest,
@@ -211,9 +223,13 @@ def data_show(
         return
     typer.echo(f"{loaded.name}  {loaded.samples} samples  {loaded.digest}")
     for name, total in sources.items():
-        typer.echo(f"  source {name:<16}{total['samples']:>9} samples {total['shards']:>6} shards {total['bytes'] / 2**20:>10.1f} MiB")
+        typer.echo(
+            f"  source {name:<16}{total['samples']:>9} samples {total['shards']:>6} shards {total['bytes'] / 2**20:>10.1f} MiB"
+        )
     for name, layer in layers.items():
-        typer.echo(f"  layer  {name:<16}{layer['digest'][:12]}  {json.dumps(layer['summary'], ensure_ascii=False)[:160]}")
+        typer.echo(
+            f"  layer  {name:<16}{layer['digest'][:12]}  {json.dumps(layer['summary'], ensure_ascii=False)[:160]}"
+        )
     for entry in loaded.lineage:
         typer.echo(f"  made by {entry.step} from {[p[:12] for p in entry.parents]}")
 
@@ -244,7 +260,9 @@ def _show_result(result: RunResult, output: Output) -> None:
         if value := result.summary.get(name):
             shown = value if isinstance(value, str) else ", ".join(f"{k} {v}" for k, v in value.items())
             console.print(f"{name:<11}{shown}", markup=False, soft_wrap=True)
-    console.print(f"{'steps':<11}{len(result.seconds)} in {human(sum(result.seconds.values()))} of step time", markup=False)
+    console.print(
+        f"{'steps':<11}{len(result.seconds)} in {human(sum(result.seconds.values()))} of step time", markup=False
+    )
     if result.report:
         console.print(f"{'report':<11}{result.report}", markup=False, soft_wrap=True)
 

@@ -46,7 +46,9 @@ def compile_pipeline(name: str, image: str | None = None, require_digest: bool =
     package = compile_function(getattr(module, name), getattr(module, "LITERALS", {}), image)
     if findings := check(package, require_digest):
         lines = "\n".join(f"  {finding}" for finding in findings)
-        raise VlmflowError(f"pipeline '{name}' breaks {len(findings)} rule(s); each fails in some runner of Kubeflow:\n{lines}")
+        raise VlmflowError(
+            f"pipeline '{name}' breaks {len(findings)} rule(s); each fails in some runner of Kubeflow:\n{lines}"
+        )
     return package
 
 

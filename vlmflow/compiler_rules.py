@@ -58,7 +58,9 @@ def _tasks(spec: Spec) -> Iterator[tuple[str, Spec, Spec]]:
 
 
 def _parameters(spec: Spec) -> Iterator[tuple[str, str, Spec]]:
-    yield from (("root", n, p) for n, p in spec.get("root", {}).get("inputDefinitions", {}).get("parameters", {}).items())
+    yield from (
+        ("root", n, p) for n, p in spec.get("root", {}).get("inputDefinitions", {}).get("parameters", {}).items()
+    )
     for component, body in spec.get("components", {}).items():
         for name, parameter in body.get("inputDefinitions", {}).get("parameters", {}).items():
             yield component, name, parameter
@@ -118,7 +120,10 @@ def literal_defaults(spec: Spec, platform: Spec) -> Findings:
     """A default outside of its own menu is refused by the API server at every run."""
     for component, name, parameter in _parameters(spec):
         if parameter.get("literals") and parameter.get("defaultValue") not in parameter["literals"]:
-            yield f"{component}/{name}", f"default {parameter.get('defaultValue')!r} is not among {parameter['literals']}"
+            yield (
+                f"{component}/{name}",
+                f"default {parameter.get('defaultValue')!r} is not among {parameter['literals']}",
+            )
 
 
 def loops(spec: Spec, platform: Spec) -> Findings:
@@ -128,7 +133,10 @@ def loops(spec: Spec, platform: Spec) -> Findings:
         source = items.get("inputParameter", "")
         bound = task.get("inputs", {}).get("parameters", {}).get(source, {}).get("taskOutputParameter", {})
         if bound and bound.get("outputParameterKey") != "Output":
-            yield place, f"loops over the named output '{bound.get('outputParameterKey')}' (L5); return one unnamed list"
+            yield (
+                place,
+                f"loops over the named output '{bound.get('outputParameterKey')}' (L5); return one unnamed list",
+            )
         if "raw" in items and not json.loads(items["raw"]):
             yield place, "loops over an empty list; gathering its outputs crashes (L6)"
 
@@ -166,7 +174,10 @@ def no_private_parameters(spec: Spec, platform: Spec) -> Findings:
     """platform.md 7: KFP stores parameters and copies them to MLflow; endpoints beside credentials can be redirected."""
     for component, name, _ in _parameters(spec):
         if _PRIVATE.search(name.lower()):
-            yield f"{component}/{name}", "endpoints and credentials come from mounted configuration, never from parameters"
+            yield (
+                f"{component}/{name}",
+                "endpoints and credentials come from mounted configuration, never from parameters",
+            )
     for name, executor in _executors(spec).items():
         for variable in executor.get("container", {}).get("env", []):
             if _PRIVATE.search(variable.get("name", "").lower()) and variable.get("value"):

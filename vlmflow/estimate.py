@@ -42,8 +42,16 @@ class Planned:
 
 def expected_steps(recipe: Recipe, evaluated: list[str], memory: Mapping[str, float]) -> list[Planned]:
     """The steps of the points pipeline for a recipe, in order; `evaluated` are the first models of each group."""
-    names: list[tuple[str, int]] = [("preflight", 1), ("pull-seed", 1), ("pull-web", 1), ("pull-sft", 1), ("initial", 1)]
-    names += [(n, 1) for n in ("train-bootstrap", "ocr", "caption", "fuse", "perplexity", "keep", "train-ocr", "train-align")]
+    names: list[tuple[str, int]] = [
+        ("preflight", 1),
+        ("pull-seed", 1),
+        ("pull-web", 1),
+        ("pull-sft", 1),
+        ("initial", 1),
+    ]
+    names += [
+        (n, 1) for n in ("train-bootstrap", "ocr", "caption", "fuse", "perplexity", "keep", "train-ocr", "train-align")
+    ]
     names.append(("plan", 1))
     candidates = list(recipe.soup.candidates) if recipe.soup else []
     names += [(f"train-sft-{name}", min(LANES, len(candidates))) for name in candidates]

@@ -17,8 +17,8 @@ from vlmflow.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
-    from vlmflow.models.store import ModelRef
     from vlmflow.evaluation.scores import Scores
+    from vlmflow.models.store import ModelRef
     from vlmflow.recipe import Recipe
     from vlmflow.soup.result import SoupResult
     from vlmflow.step import Context

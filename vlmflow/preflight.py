@@ -43,14 +43,20 @@ def suits_pipeline(recipe: Recipe) -> None:
     """Refuse sections that the points pipeline would silently not run. Raises RecipeError."""
     problems = []
     if unknown := sorted(set(recipe.data) - set(DATASETS)):
-        problems.append(f"data: the points pipeline carries the datasets {list(DATASETS)}, the recipe also has {unknown}")
+        problems.append(
+            f"data: the points pipeline carries the datasets {list(DATASETS)}, the recipe also has {unknown}"
+        )
     if unknown := [name for name in recipe.stages if name not in STAGES]:
         problems.append(f"stages: the points pipeline runs {list(STAGES)}, the recipe also has {unknown}")
     order = [name for name in STAGES if name in recipe.stages]
     if list(recipe.stages) != order and not unknown:
-        problems.append(f"stages: the points pipeline runs them in the order {order}, the recipe has {list(recipe.stages)}")
+        problems.append(
+            f"stages: the points pipeline runs them in the order {order}, the recipe has {list(recipe.stages)}"
+        )
     if recipe.curation.dataset not in (None, "web"):
-        problems.append(f"curation.dataset: the points pipeline curates 'web', the recipe says '{recipe.curation.dataset}'")
+        problems.append(
+            f"curation.dataset: the points pipeline curates 'web', the recipe says '{recipe.curation.dataset}'"
+        )
     if recipe.soup is None:
         problems.append("soup: the points pipeline ends in a soup; name at least one candidate")
     if problems:
@@ -111,7 +117,9 @@ def _table(field: str, uri: str) -> None:
             with urllib.request.urlopen(urllib.request.Request(uri, method="HEAD"), timeout=TIMEOUT):
                 return
         except (urllib.error.URLError, OSError) as error:
-            raise DataError(f"{field}: {uri} does not answer ({error}). Correct the address or start the server.") from error
+            raise DataError(
+                f"{field}: {uri} does not answer ({error}). Correct the address or start the server."
+            ) from error
     try:
         storage.size(uri)
     except NotFound as error:
@@ -151,7 +159,11 @@ def _answers(url: str, what: str) -> None:
             return
     except urllib.error.HTTPError as error:
         if error.code in (401, 403):
-            raise ServiceError(f"{what} at {url} refuses us ({error.code}); check its user name and password.") from error
+            raise ServiceError(
+                f"{what} at {url} refuses us ({error.code}); check its user name and password."
+            ) from error
         raise ServiceError(f"{what} at {url} answers with {error.code}; look at its log.") from error
     except (urllib.error.URLError, OSError) as error:
-        raise ServiceError(f"{what} does not answer at {url}: {error}. Start it (`vlmflow up`) or correct the address.") from error
+        raise ServiceError(
+            f"{what} does not answer at {url}: {error}. Start it (`vlmflow up`) or correct the address."
+        ) from error
