@@ -1,1 +1,1 @@
-"""KFP pipelines: in which order the components run."""
+"""In which order: KFP pipelines that chain the components, and their compiled packages."""

@@ -1,0 +1,25 @@
+"""Component `caption`: describe every image with the model that can already caption (layer `synthetic`)."""
+
+from kfp import dsl
+from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Model, Output
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def caption(
+    recipe: Input[Artifact],
+    dataset: Input[Dataset],
+    model: Input[Model],
+    data: Output[Dataset],
+    page: Output[HTML],
+    metrics: Output[Metrics],
+):
+    """Describe every image with the model that can already caption."""
+    from vlmflow import ports
+    from vlmflow.curation import caption
+    from vlmflow.step import open_step
+
+    with open_step("caption", recipe.path) as ctx:
+        manifest = ports.curate(ctx, caption, ports.get_manifest(dataset), ports.get_model(model))
+        ports.put_manifest(ctx, manifest, data, page, metrics, title="Synthetic captions", layer="synthetic")

@@ -1,0 +1,24 @@
+"""Component `ocr`: read the text in every image with an OCR engine (layer `ocr`)."""
+
+from kfp import dsl
+from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Output
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def ocr(
+    recipe: Input[Artifact],
+    dataset: Input[Dataset],
+    data: Output[Dataset],
+    page: Output[HTML],
+    metrics: Output[Metrics],
+):
+    """Read the text in every image with an OCR engine."""
+    from vlmflow import ports
+    from vlmflow.curation import ocr
+    from vlmflow.step import open_step
+
+    with open_step("ocr", recipe.path) as ctx:
+        manifest = ports.curate(ctx, ocr, ports.get_manifest(dataset))
+        ports.put_manifest(ctx, manifest, data, page, metrics, title="OCR", layer="ocr")

@@ -1,0 +1,27 @@
+"""Component `pull`: a table of URLs and texts becomes a dataset: shards of images and one manifest."""
+
+from kfp import dsl
+from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Output
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def pull(
+    recipe: Input[Artifact],
+    dataset: str,
+    data: Output[Dataset],
+    page: Output[HTML],
+    metrics: Output[Metrics],
+):
+    """Download the images of one dataset of the recipe.
+
+    Args:
+        dataset: Name of the dataset in the recipe's `data` section; a dataset that the recipe lacks comes out empty.
+    """
+    from vlmflow import ports
+    from vlmflow.step import open_step
+
+    with open_step(f"pull-{dataset}", recipe.path) as ctx:
+        manifest = ports.pull(ctx, dataset)
+        ports.put_manifest(ctx, manifest, data, page, metrics, title=f"Dataset {dataset}")

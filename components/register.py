@@ -1,0 +1,30 @@
+"""Component `register`: a version of `NAME-candidates` in MLflow with parameters, metrics and lineage."""
+
+from kfp import dsl
+from kfp.dsl import HTML, Artifact, Dataset, Input, Metrics, Model, Output
+
+from components import IMAGE
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def register(
+    recipe: Input[Artifact],
+    model: Input[Model],
+    scores: Input[list[Artifact]],
+    soup: Input[Artifact],
+    seed: Input[Dataset],
+    web: Input[Dataset],
+    sft: Input[Dataset],
+    registered: Output[Artifact],
+    page: Output[HTML],
+    metrics: Output[Metrics],
+):
+    """Register the chosen model."""
+    from vlmflow import ports
+    from vlmflow.registry import run as registry
+    from vlmflow.step import open_step
+
+    with open_step("register", recipe.path) as ctx:
+        datasets = ports.get_manifests(seed=seed, web=web, sft=sft)
+        made = registry.run(ctx, ports.get_model(model), ports.get_scores(ctx, scores), ports.get_soup(soup), datasets)
+        ports.put_object(made, registered, page, metrics, title="Registered model")

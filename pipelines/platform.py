@@ -1,0 +1,43 @@
+"""What every task of every pipeline gets from the platform: configuration, credentials, security, retries, caching.
+
+Endpoints come from the ConfigMap `vlmflow`, credentials from Secrets; neither ever is a pipeline parameter, because KFP
+stores parameters and copies them to MLflow. On a laptop kfp.local ignores all of it and tasks inherit the environment.
+"""
+
+from kfp import kubernetes
+from kfp.dsl import PipelineTask
+
+CONFIG_MAP = "vlmflow"
+CONFIG = {
+    "root": "VLMFLOW_ROOT",
+    "s3Endpoint": "VLMFLOW_S3_ENDPOINT",
+    "s3Region": "AWS_REGION",
+    "mlflowTrackingUri": "MLFLOW_TRACKING_URI",
+    "captionUrl": "VLMFLOW_CAPTION_URL",
+}
+# The secret that KFP itself keeps its object store's key pair in.
+STORE_SECRET = "mlpipeline-minio-artifact"
+STORE_KEYS = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
+
+
+def _platform(task: PipelineTask) -> PipelineTask:
+    for key, variable in CONFIG.items():
+        kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: variable}, optional=True)
+    kubernetes.use_secret_as_env(task, STORE_SECRET, STORE_KEYS, optional=True)
+    kubernetes.set_security_context(task, run_as_non_root=True)
+    # PyTorch's workers share memory through /dev/shm, 64 MiB in a plain container.
+    kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory")
+    return task
+
+
+def repeatable(task: PipelineTask) -> PipelineTask:
+    """A task whose outputs are found again by digest: KFP may cache it and retries it with growing pauses."""
+    return _platform(task).set_retry(
+        num_retries=2, backoff_duration="30s", backoff_factor=2.0, backoff_max_duration="300s"
+    )
+
+
+def once(task: PipelineTask) -> PipelineTask:
+    """A task that looks at the world as it is now (stores, registry, scores): never cached; retried all the same,
+    because the library finds what an earlier attempt finished."""
+    return repeatable(task).set_caching_options(enable_caching=False)

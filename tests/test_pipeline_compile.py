@@ -1,0 +1,185 @@
+"""The compiled pipeline keeps every rule, each rule can fail, and the committed package is what the source compiles to."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from vlmflow import compiler
+from vlmflow.compiler import Package
+from vlmflow.compiler_rules import ARGUMENT_LIMIT, RULES, UNCACHED
+from vlmflow.errors import VlmflowError
+
+ROOT = Path(__file__).resolve().parents[1]
+DIGEST = "registry.example/vlmflow@sha256:" + "a" * 64
+
+
+@pytest.fixture(scope="module")
+def package() -> Package:
+    return compiler.compile_pipeline("points")
+
+
+def root_task(spec, name):
+    return spec["root"]["dag"]["tasks"][name]
+
+
+def parameter(spec, name):
+    return spec["root"]["inputDefinitions"]["parameters"][name]
+
+
+def container(spec, name):
+    return spec["deploymentSpec"]["executors"][f"exec-{name}"]["container"]
+
+
+def every_image(spec, image):
+    for executor in spec["deploymentSpec"]["executors"].values():
+        executor["container"]["image"] = image
+
+
+def importer(spec):
+    spec["deploymentSpec"]["executors"]["exec-ocr"] = {"importer": {}}
+
+
+def plain_container(spec):
+    container(spec, "ocr")["command"] = ["python3", "-m", "vlmflow.ocr"]
+
+
+def named_loop(spec):
+    loop = root_task(spec, "for-loop-1")
+    source = loop["parameterIterator"]["items"]["inputParameter"]
+    loop["inputs"]["parameters"][source]["taskOutputParameter"]["outputParameterKey"] = "items"
+
+
+def growing_not(spec):
+    root_task(spec, "ocr")["retryPolicy"]["backoffFactor"] = 1.0
+
+
+def ignored(spec):
+    root_task(spec, "report")["triggerPolicy"] = {"strategy": "ALL_UPSTREAM_TASKS_COMPLETED"}
+
+
+def huge(spec):
+    root_task(spec, "pull")["inputs"]["parameters"]["dataset"] = {"runtimeValue": {"constant": "x" * ARGUMENT_LIMIT}}
+
+
+def quoted(spec):
+    expression = "inputs.parameter_values['pipelinechannel--x'] == 'it\\'s'"
+    root_task(spec, "ocr")["triggerPolicy"] = {"condition": expression}
+
+
+BREAKS = [
+    ("lightweight-only", importer),
+    ("lightweight-only", plain_container),
+    ("no-pip-install", lambda s: container(s, "ocr")["command"].append("pip install kfp")),
+    ("one-image", lambda s: container(s, "ocr").update(image="other:1")),
+    ("one-image", lambda s: every_image(s, "vlmflow:latest")),
+    ("one-image", lambda s: every_image(s, "vlmflow")),
+    ("image-digest", lambda s: every_image(s, "vlmflow:1")),
+    ("described", lambda s: parameter(s, "recipe").pop("description")),
+    ("described", lambda s: s["pipelineInfo"].pop("description")),
+    ("no-none", lambda s: parameter(s, "evaluators").pop("defaultValue")),
+    ("literal-defaults", lambda s: parameter(s, "soup_choice").update(literals=["greedy"])),
+    ("loops", named_loop),
+    ("loops", lambda s: root_task(s, "for-loop-1")["parameterIterator"].update(items={"raw": "[]"})),
+    ("conditions", quoted),
+    ("no-ignored-failure", ignored),
+    ("small-arguments", huge),
+    (
+        "no-private-parameters",
+        lambda s: s["root"]["inputDefinitions"]["parameters"].update(s3_endpoint={"description": "x"}),
+    ),
+    (
+        "no-private-parameters",
+        lambda s: container(s, "ocr").update(env=[{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}]),
+    ),
+    ("uncached", lambda s: root_task(s, "register").update(cachingOptions={"enableCache": True})),
+    ("retried", lambda s: root_task(s, "ocr").pop("retryPolicy")),
+    ("retried", growing_not),
+]
+
+
+def test_the_points_pipeline_keeps_every_rule(package):
+    pinned = compiler.compile_pipeline("points", image=DIGEST)
+    assert compiler.check(package) == []
+    assert compiler.check(pinned, require_digest=True) == []
+
+
+@pytest.mark.parametrize(("rule", "harm"), BREAKS, ids=[f"{r}-{i}" for i, (r, _) in enumerate(BREAKS)])
+def test_each_rule_can_fail(rule, harm):
+    pinned = compiler.compile_pipeline("points", image=DIGEST)
+    spec = copy.deepcopy(pinned.spec)
+    harm(spec)
+    findings = compiler.check(Package(spec, pinned.platform, ""), require_digest=rule == "image-digest")
+    broken = {finding.rule for finding in findings}
+    assert broken == {rule}
+
+
+def test_the_rule_about_root_can_fail(package):
+    platform = copy.deepcopy(package.platform)
+    platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]["exec-ocr"].pop("securityContext")
+    findings = compiler.check(Package(package.spec, platform, ""))
+    assert [(f.rule, f.where) for f in findings] == [("not-root", "exec-ocr")]
+
+
+def test_every_rule_has_a_case_that_breaks_it():
+    assert {rule.name for rule in RULES} == {rule for rule, _ in BREAKS} | {"not-root"}
+
+
+def test_a_broken_pipeline_is_refused_with_all_findings(monkeypatch):
+    import pipelines.points as module
+
+    monkeypatch.setattr(module, "LITERALS", {"soup_choice": ["greedy"]})
+    with pytest.raises(VlmflowError, match=r"\[literal-defaults\] root/soup_choice"):
+        compiler.compile_pipeline("points")
+
+
+def test_unknown_pipeline_and_unknown_literal_are_named():
+    from pipelines.points import points
+
+    with pytest.raises(VlmflowError, match="there are: points"):
+        compiler.compile_pipeline("point")
+    with pytest.raises(VlmflowError, match="soup_choices"):
+        compiler.compile_function(points, {"soup_choices": ["a"]})
+
+
+def test_the_form_in_the_ui(package):
+    parameters = package.spec["root"]["inputDefinitions"]["parameters"]
+    assert parameters["soup_choice"]["literals"] == ["recipe", "greedy", "maximum", "average", "best"]
+    assert set(parameters) == {"recipe", "overrides", "soup_choice", "evaluators"}
+    assert [name for name, p in parameters.items() if "defaultValue" not in p] == ["recipe"]
+
+
+def test_kfp_loads_the_package_with_its_literals(package):
+    from kfp import components
+
+    assert components.load_component_from_text(package.text).name == "points"
+
+
+def test_the_committed_package_is_current(package):
+    """After a change: `vlmflow compile`, and commit the result."""
+    version = re.compile(r"sdkVersion: .*")
+    committed = (ROOT / "pipelines/compiled/points.yaml").read_text(encoding="utf-8")
+    assert version.sub("", committed) == version.sub("", package.text), "run: vlmflow compile"
+
+
+def test_every_step_shows_something(package):
+    """DESIGN 6: every step gives the UI a page, and numbers where there are any."""
+    silent = {"plan", "lineup"}  # they only return the lists that loops run over
+    for name, component in package.spec["components"].items():
+        if label := component.get("executorLabel", "").removeprefix("exec-"):
+            kinds = {
+                a["artifactType"]["schemaTitle"]
+                for a in component.get("outputDefinitions", {}).get("artifacts", {}).values()
+            }
+            assert "system.HTML" in kinds or label in silent, name
+
+
+def test_uncached_steps_exist(package):
+    assert set(UNCACHED) <= {name.removeprefix("exec-") for name in package.spec["deploymentSpec"]["executors"]}
+
+
+def test_package_has_no_yaml_aliases_and_two_documents(package):
+    assert len(list(yaml.safe_load_all(package.text))) == 2
+    assert not re.search(r"(: |- )[&*]id\d", package.text)

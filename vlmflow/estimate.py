@@ -1,0 +1,163 @@
+"""How long a run will still take: remembered seconds of each step, corrected by the speed of this run.
+
+The first run of a recipe has no memory and uses `FIRST_RUN_SECONDS`, the seconds measured with the tiny recipe on a
+2-core machine; only their ratios matter, because the speed of the run at hand scales them all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmflow.recipe import Recipe
+
+LANES = 2  # tasks of a loop that kfp.local runs at a time (platform.md 1.2, L8)
+FIRST_RUN_SECONDS = {
+    "preflight": 2, "pull": 6, "initial": 6, "train-bootstrap": 60, "ocr": 40, "caption": 30, "fuse": 3,
+    "perplexity": 15, "keep": 3, "train-ocr": 30, "train-align": 30, "plan": 1, "train-sft": 60, "soup": 20,
+    "lineup": 1, "evaluate": 20, "register": 8, "export": 10, "report": 5,
+}  # fmt: skip
+UNKNOWN_SECONDS = 10.0
+PRIOR = 0.1  # share of the whole that must be seen before this run's speed outweighs the remembered one
+LABEL_END = 0.9  # a finished counter inside a step counts as this much of the step: something always follows it
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A step that is expected: `seconds` alone on the machine's clock, `lanes` steps of its kind at a time."""
+
+    name: str
+    seconds: float
+    lanes: int = 1
+
+    @property
+    def work(self) -> float:
+        """Seconds of the run's clock that the step stands for."""
+        return self.seconds / self.lanes
+
+
+def expected_steps(recipe: Recipe, evaluated: list[str], memory: Mapping[str, float]) -> list[Planned]:
+    """The steps of the points pipeline for a recipe, in order; `evaluated` are the first models of each group."""
+    names: list[tuple[str, int]] = [
+        ("preflight", 1),
+        ("pull-seed", 1),
+        ("pull-web", 1),
+        ("pull-sft", 1),
+        ("initial", 1),
+    ]
+    names += [
+        (n, 1) for n in ("train-bootstrap", "ocr", "caption", "fuse", "perplexity", "keep", "train-ocr", "train-align")
+    ]
+    names.append(("plan", 1))
+    candidates = list(recipe.soup.candidates) if recipe.soup else []
+    names += [(f"train-sft-{name}", min(LANES, len(candidates))) for name in candidates]
+    names += [("soup", 1), ("lineup", 1)]
+    names += [(f"evaluate-{name}", min(LANES, len(evaluated))) for name in evaluated]
+    names += [(n, 1) for n in ("register", "export", "report")]
+    return [Planned(name, memory.get(name, first_run_seconds(name)), lanes) for name, lanes in names]
+
+
+def first_run_seconds(name: str) -> float:
+    """Seconds for a step nobody has seen yet: by its name, or by the longest table entry that begins it."""
+    matches = [kind for kind in FIRST_RUN_SECONDS if name == kind or name.startswith(f"{kind}-")]
+    return float(FIRST_RUN_SECONDS[max(matches, key=len)]) if matches else UNKNOWN_SECONDS
+
+
+@dataclass
+class _Running:
+    started: float
+    label: str = ""
+    floor: float = 0.0  # share done before the counter at hand
+    share: float | None = None  # None: no counter seen, judge by time
+
+
+@dataclass
+class Estimate:
+    """Follows a run by its events and says how much is done and left. Times are in seconds of one clock."""
+
+    plan: list[Planned]
+    ended: dict[str, float] = field(default_factory=dict)
+    running: dict[str, _Running] = field(default_factory=dict)
+    began: float | None = None
+
+    def event(self, event: Mapping[str, Any], now: float) -> None:
+        """Take in one progress event."""
+        name, state = str(event.get("step", "")), event.get("state")
+        self.began = now if self.began is None else self.began
+        if state == "start":
+            self.running[name] = _Running(now)
+            if name not in {step.name for step in self.plan}:
+                self.plan.append(Planned(name, first_run_seconds(name)))
+        elif state in ("end", "failed"):
+            at = self.running.pop(name, None)
+            if state == "end":
+                self.ended[name] = float(event.get("seconds") or (now - at.started if at else 0.0))
+        elif state == "progress" and name in self.running and event.get("total"):
+            step = self.running[name]
+            if event.get("label") != step.label:
+                step.label, step.floor = str(event.get("label")), step.share or 0.0
+            ratio = min(1.0, float(event.get("done", 0)) / float(event["total"]))
+            step.share = max(step.share or 0.0, step.floor + (LABEL_END - step.floor) * ratio)
+
+    def work(self) -> float:
+        """Expected seconds of the whole run."""
+        return sum(step.work for step in self.plan)
+
+    def done(self, now: float) -> float:
+        """Expected seconds of what is done."""
+        total = 0.0
+        for step in self.plan:
+            if step.name in self.ended:
+                total += step.work
+            elif at := self.running.get(step.name):
+                by_time = min(LABEL_END, (now - at.started) / step.seconds) if step.seconds > 0 else LABEL_END
+                total += step.work * (by_time if at.share is None else at.share)
+        return total
+
+    def share(self, now: float) -> float:
+        """Share of the run that is done, 0 to 1."""
+        return self.done(now) / self.work() if self.work() else 0.0
+
+    def left(self, now: float) -> float:
+        """Seconds left: what is not done yet, times how much slower than expected this run has been so far."""
+        if self.began is None:
+            return self.work()
+        done, prior = self.done(now), max(5.0, PRIOR * self.work())
+        slower = (now - self.began + prior) / (done + prior)
+        return max(0.0, self.work() - done) * slower
+
+
+def recall(path: Path, recipe: str) -> dict[str, float]:
+    """Remembered seconds a step of a recipe; empty when there is no (readable) memory."""
+    try:
+        return {str(k): float(v) for k, v in json.loads(path.read_text())[recipe].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def remember(path: Path, recipe: str, ended: Mapping[str, float]) -> None:
+    """Store a run's seconds. A step that found its finished work again took no time: it at most halves the memory."""
+    from vlmflow import storage
+
+    try:
+        whole = json.loads(path.read_text())
+        whole = whole if isinstance(whole, dict) else {}
+    except (OSError, ValueError):
+        whole = {}
+    old = recall(path, recipe)
+    whole[recipe] = old | {name: round(max(seconds, old.get(name, 0.0) / 2), 2) for name, seconds in ended.items()}
+    storage.write_json(str(path.absolute()), whole)
+
+
+def human(seconds: float) -> str:
+    """`45 s`, `3 min 20 s`, `2 h 5 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

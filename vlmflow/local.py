@@ -1,0 +1,297 @@
+"""Run a pipeline on this machine: the same package that a cluster gets, by kfp.local in subprocesses.
+
+`run` checks the recipe, brings up the local stack unless VLMFLOW_ROOT names a store, starts one worker process
+(`vlmflow.local_worker`), follows the progress events of the steps, and ends with the report and a summary. Every step
+is idempotent, so a run that was killed continues when it is started again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+from vlmflow import estimate, process_tree, storage
+from vlmflow.display import Display
+from vlmflow.errors import NotFound, StepFailed, VlmflowError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+POLL_SECONDS = 0.1
+STOP_SECONDS = 30.0  # after Ctrl-C: the worker gives trainers 20 s to write a checkpoint
+EVALUATORS = estimate.LANES
+TAIL_LINES = 25
+_TASK_FAILED = re.compile(r"Task .*finished with status .*FAILURE")
+
+
+@dataclass
+class RunResult:
+    """A finished run: where its folder and report are, and what its summary says (scores, version, export)."""
+
+    run_id: str
+    folder: Path
+    report: Path | None
+    summary: dict[str, Any]
+    seconds: dict[str, float] = field(default_factory=dict)  # step -> wall time
+
+
+def run(
+    recipe_path: str | Path,
+    overrides: Sequence[str] = (),
+    state_dir: str | Path = ".vlmflow",
+    console: Console | None = None,
+) -> RunResult:
+    """Run the points pipeline for a recipe.
+
+    Raises:
+        RecipeError: before anything is started.
+        ServiceError: the local stack does not start.
+        StepFailed: a step failed; the message is the step's own, and names the log.
+    """
+    from vlmflow import compiler, preflight
+    from vlmflow.digest import digest
+    from vlmflow.recipe import dump
+
+    recipe = preflight.resolve(str(recipe_path), list(overrides))
+    package = compiler.compile_pipeline("points")
+    state = Path(state_dir).absolute()
+    with _stack(state, console) as root, _only_run(state):
+        run_id = _run_id(state, digest(recipe))
+        folder = state / "runs" / run_id
+        folder.mkdir(parents=True)
+        (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+        timings = state / "timings.json"
+        first_models = _first_models(list(recipe.soup.candidates) if recipe.soup else [], recipe.bootstrap is not None)
+        plan = estimate.expected_steps(recipe, first_models, estimate.recall(timings, recipe.name))
+        arguments = {"recipe": str(folder / "recipe.yaml"), "overrides": [], "evaluators": EVALUATORS}
+        follower = estimate.Estimate(plan)
+        try:
+            execute(package.text, arguments, folder, follower, console=console)
+        finally:
+            estimate.remember(timings, recipe.name, follower.ended)
+        return _result(root, run_id, folder, follower)
+
+
+def execute(
+    package: str,
+    arguments: dict[str, Any],
+    folder: Path,
+    follower: estimate.Estimate,
+    console: Console | None = None,
+) -> None:
+    """Run a compiled package in the run folder `folder` and show its progress.
+
+    Leaves `log.txt` (all output of kfp and of the steps), `events.jsonl`, `job.json` and kfp's artifacts there.
+
+    Raises:
+        StepFailed: a task failed or was killed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tmp").mkdir(exist_ok=True)
+    (folder / "package.yaml").write_text(package, encoding="utf-8")
+    job = {"package": str(folder / "package.yaml"), "arguments": arguments, "pipeline_root": str(folder / "artifacts")}
+    (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
+    log, events = folder / "log.txt", folder / "events.jsonl"
+    events.touch()
+    with log.open("ab") as sink, _terminable():
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "vlmflow.local_worker", str(folder / "job.json")],
+            stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
+            env=_task_environment(folder, events), start_new_session=True,
+        )  # fmt: skip
+        failure: dict[str, Any] | None = None
+        try:
+            with Display(follower, console) as display:
+                failure = _follow(worker, events, log, display)
+        finally:
+            _stop(worker)
+    if failure is not None or worker.returncode != 0:
+        raise _explain(failure, log, worker.returncode)
+
+
+def _follow(worker: subprocess.Popen[bytes], events: Path, log: Path, display: Display) -> dict[str, Any] | None:
+    """Show events until the worker ends or a step fails; returns the event of the failure, {} when it left none."""
+    read_events, read_log = _tail(events), _tail(log)
+    failed_without_word = 0
+    while True:
+        ended = worker.poll() is not None  # asked before reading, so that the last events are not missed
+        for line in read_events():
+            event = json.loads(line)
+            display.event(event)
+            if event.get("state") == "failed":
+                return event
+        # A task that was killed says nothing; kfp would go on with branches that do not need it. One more round lets
+        # the event of a task that did say something arrive.
+        failed_without_word += bool(failed_without_word) or any(_TASK_FAILED.search(line) for line in read_log())
+        if failed_without_word > 2:
+            return {"step": ", ".join(display.latest)}
+        if ended:
+            return None
+        display.tick()
+        time.sleep(POLL_SECONDS)
+
+
+def _tail(path: Path) -> Callable[[], list[str]]:
+    """A function that returns the whole lines that were added since its last call."""
+    position = 0
+
+    def lines() -> list[str]:
+        nonlocal position
+        with path.open("rb") as file:
+            file.seek(position)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        position += len(whole)
+        return whole.decode("utf-8", "replace").splitlines()
+
+    return lines
+
+
+def _stop(worker: subprocess.Popen[bytes]) -> None:
+    """End the worker and every task below it; nothing of a run outlives the command."""
+    if worker.poll() is None:
+        below = process_tree.descendants(worker.pid)
+        worker.terminate()
+        try:
+            worker.wait(STOP_SECONDS)
+        except subprocess.TimeoutExpired:
+            process_tree.stop([worker.pid, *below], grace=0.0)
+            worker.wait()
+
+
+def _explain(failure: dict[str, Any] | None, log: Path, code: int) -> VlmflowError:
+    """The error a person sees: the step's own words if it had any, else the end of the log."""
+    if failure and failure.get("note"):
+        kind, _, text = str(failure["note"]).partition(": ")
+        if int(failure.get("code", 1)) == 1:  # not one of our errors: its type is part of what it says
+            text = f"unexpected {kind}: {text}"
+        error = StepFailed(f"step '{failure['step']}' failed: {text}\nThe full log is {log}")
+        error.exit_code = int(failure.get("code", 1))
+        return error
+    end = "\n".join(f"    {line}" for line in log.read_text(errors="replace").strip().splitlines()[-TAIL_LINES:])
+    what = f"step '{failure['step']}' ended without a word" if failure and failure.get("step") else "the run failed"
+    return StepFailed(
+        f"{what} (killed, out of memory, or broken before it began; worker's exit status {code}). Start the same command "
+        f"again to continue. The end of {log}:\n{end}"
+    )
+
+
+# --- around a run ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _stack(state: Path, console: Console | None) -> Iterator[str]:
+    """Yield the store prefix: the user's, or that of the local stack, whose variables are set for the time of the run."""
+    if root := os.environ.get("VLMFLOW_ROOT"):
+        yield root
+        return
+    from vlmflow import local_stack
+
+    say = (lambda text: console.print(text, markup=False)) if console else None
+    variables = local_stack.environment(local_stack.up(state, say))
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield variables["VLMFLOW_ROOT"]
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _only_run(state: Path) -> Iterator[None]:
+    """One run at a time for a state folder; tasks that a killed run left behind are ended first."""
+    (state / "runs").mkdir(parents=True, exist_ok=True)
+    with (state / "run.lock").open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            lock.seek(0)
+            raise VlmflowError(
+                f"another run (process {lock.read().strip() or 'unknown'}) uses the state folder {state}; two runs would "
+                "overwrite each other's files. Wait for it, stop it, or choose another --state-dir."
+            ) from None
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        process_tree.stop(process_tree.with_variable("VLMFLOW_PROGRESS", f"{state / 'runs'}/"), grace=5.0)
+        yield
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends this process the way Ctrl-C does, so that the worker is stopped. Main thread only."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    try:
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # not the main thread: the program around us handles signals
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _task_environment(folder: Path, events: Path) -> dict[str, str]:
+    """The environment of worker and tasks; credentials travel here and nowhere else."""
+    package = str(Path(__file__).resolve().parents[1])
+    path = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    defaults = {
+        "VLMFLOW_SCRATCH": str(folder.parents[1] / "scratch"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONWARNINGS": "ignore",
+    }
+    return {
+        **defaults,
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(dict.fromkeys(path)),
+        "PYTHONUNBUFFERED": "1",
+        "TMPDIR": str(folder / "tmp"),
+        "VLMFLOW_PROGRESS": str(events),
+        "VLMFLOW_RUN_ID": folder.name,
+    }
+
+
+def _run_id(state: Path, recipe_digest: str) -> str:
+    base = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe_digest[:8]}"
+    taken = {path.name for path in (state / "runs").iterdir()}
+    return next(name for name in (base, *(f"{base}-{i}" for i in range(2, 1000))) if name not in taken)
+
+
+def _first_models(candidates: list[str], bootstrap: bool) -> list[str]:
+    """First model of each evaluation group, as `ports.lineup` deals them: they name the evaluation steps."""
+    models = ["untrained", *(["bootstrap"] if bootstrap else []), *candidates]
+    return models[:EVALUATORS]
+
+
+def _result(root: str, run_id: str, folder: Path, follower: estimate.Estimate) -> RunResult:
+    """Copy report and summary of the run beside its log, and the report to the state folder."""
+    stored = storage.join(root, "runs", run_id)
+    report: Path | None = folder / "report.html"
+    try:
+        data = storage.read_bytes(storage.join(stored, "report.html"))
+        for path in (folder / "report.html", folder.parents[1] / "report.html"):
+            storage.write_bytes(path.as_uri(), data)
+        summary = storage.read_json(storage.join(stored, "summary.json"))
+    except NotFound:
+        report, summary = None, {}
+    return RunResult(run_id, folder, report, summary, dict(follower.ended))

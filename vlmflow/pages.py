@@ -1,0 +1,80 @@
+"""Small HTML pages that each step shows in the Kubeflow UI: a table of values and a table of rows, nothing external."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vlmflow.dataset.manifest import Manifest
+    from vlmflow.step import Context
+
+PREVIEW_SAMPLES = 12
+THUMBNAIL = 112  # pixels, longer side
+_STYLE = (
+    "body{font:14px/1.4 system-ui,sans-serif;margin:1.5em;color:#1b1f24}table{border-collapse:collapse;margin:1em 0}"
+    "td,th{border:1px solid #d0d7de;padding:4px 8px;text-align:left;vertical-align:top;max-width:32em;"
+    "overflow-wrap:anywhere}th{background:#f6f8fa}h1{font-size:1.3em}"
+)
+
+
+class Picture(str):
+    """A data: URI that `page` shows as an image."""
+
+
+def page(title: str, values: dict[str, Any], rows: list[Any]) -> str:
+    """One page: a heading, name-value pairs, and rows (dictionaries that share their keys)."""
+    parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"]
+    parts.append(f"<h1>{html.escape(title)}</h1>")
+    if values:
+        body = "".join(f"<tr><th>{html.escape(str(k))}</th><td>{_cell(v)}</td></tr>" for k, v in values.items())
+        parts.append(f"<table>{body}</table>")
+    if rows:
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        head = "".join(f"<th>{html.escape(str(c))}</th>" for c in columns)
+        body = "".join("<tr>" + "".join(f"<td>{_cell(r.get(c, ''))}</td>" for c in columns) + "</tr>" for r in rows)
+        parts.append(f"<table><tr>{head}</tr>{body}</table>")
+    return "\n".join(parts) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, Picture):
+        return f"<img alt='' src='{html.escape(value, quote=True)}'>"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return "<br>".join(f"{html.escape(str(k))}: {_cell(v)}" for k, v in value.items())
+    return html.escape(str(value))
+
+
+def preview(ctx: Context, manifest: Manifest, layer: str | None) -> list[dict[str, Any]]:
+    """The first samples of the first shard: thumbnail, text, and the row of one layer."""
+    from vlmflow.dataset.layer import read_part
+    from vlmflow.dataset.shard import ShardReader
+
+    if not manifest.shards:
+        return []
+    reader = ShardReader(manifest.shards[0], ctx.scratch)
+    added = read_part(manifest.layers[layer].parts[0], ctx.scratch) if layer in manifest.layers else {}
+    rows = []
+    for key in reader.keys()[:PREVIEW_SAMPLES]:
+        sample = reader.read(key)
+        row: dict[str, Any] = {"key": key, "image": _thumbnail(sample.images[0]) if sample.images else ""}
+        talk = sample.meta.get("conversations") or []
+        row["text"] = sample.meta.get("text") or " / ".join(str(turn.get("value", "")) for turn in talk)
+        row |= {k: v for k, v in added.get(key, {}).items() if k != "key" and not (k == "error" and v is None)}
+        rows.append(row)
+    return rows
+
+
+def _thumbnail(data: bytes) -> Picture:
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as image:
+        small = image.convert("RGB")
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        out = io.BytesIO()
+        small.save(out, "JPEG", quality=80)
+    return Picture("data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode())

@@ -1,0 +1,275 @@
+"""Between Kubeflow artifacts and vlmflow's objects, so that component bodies stay a few lines long.
+
+A Dataset artifact holds a manifest, a Model artifact a model reference, other artifacts JSON of one result object. An
+artifact is anything with `path` and `metadata`; this module does not import kfp. Metrics get numbers only, because KFP
+copies other values to MLflow as 0.0 (platform.md 1.5).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from vlmflow import pages, storage
+from vlmflow.errors import DataError, RecipeError
+
+if TYPE_CHECKING:
+    from vlmflow.dataset.manifest import Manifest
+    from vlmflow.evaluation.scores import Scores
+    from vlmflow.models.store import ModelRef
+    from vlmflow.recipe import Recipe
+    from vlmflow.soup.result import SoupResult
+    from vlmflow.step import Context
+
+T = TypeVar("T")
+DATASETS = ("seed", "web", "sft")  # what the points pipeline carries
+STAGES = ("ocr", "align", "sft")
+SOUPS = ("maximum", "average", "greedy")
+
+
+class Port(Protocol):
+    """A Kubeflow artifact, as far as this module knows it."""
+
+    path: str
+    metadata: dict[str, Any]
+
+
+# --- plain objects ---------------------------------------------------------------------------------------------------
+
+
+def write_object(obj: Any, path: str | Path) -> None:
+    """Write a pydantic model or dataclass (or plain JSON) to an artifact path, atomically."""
+    from pydantic import TypeAdapter
+
+    plain = obj if isinstance(obj, dict | list) else TypeAdapter(type(obj)).dump_python(obj, mode="json")
+    storage.write_json(str(path), plain)
+
+
+def read_object(kind: type[T], path: str | Path) -> T:
+    """Read what `write_object` wrote. Raises DataError when the artifact holds something else."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return TypeAdapter(kind).validate_python(storage.read_json(str(path)))
+    except ValidationError as error:
+        raise DataError(f"artifact {path} holds no {kind.__name__}: {error}") from error
+
+
+def numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
+    """The finite numbers of a nested dictionary, by dotted name; booleans as 0 and 1."""
+    found: dict[str, float] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= numbers(value, f"{prefix}{key}.")
+        elif isinstance(value, bool | int | float) and math.isfinite(value):
+            found[f"{prefix}{key}"] = float(value) if isinstance(value, float) else int(value)
+    return found
+
+
+def show(title: str, values: dict[str, Any], page: Port, metrics: Port | None, table: list[Any] | None = None) -> None:
+    """Give the UI something to look at: a page for people, numbers for comparison."""
+    Path(page.path).parent.mkdir(parents=True, exist_ok=True)
+    Path(page.path).write_text(pages.page(title, values, table or []), encoding="utf-8")
+    if metrics is not None:
+        measured = numbers(values)
+        metrics.metadata.update(measured)
+        # kfp's local cache needs a file behind every output (platform.md 1.2, L9)
+        storage.write_json(metrics.path, measured)
+
+
+# --- recipe, datasets, models ----------------------------------------------------------------------------------------
+
+
+def put_recipe(recipe: Recipe, out: Port) -> None:
+    """Write the resolved recipe: what the run really uses, defaults included."""
+    from vlmflow.digest import digest
+
+    write_object(recipe, out.path)
+    out.metadata.update({"name": recipe.name, "digest": digest(recipe)})
+
+
+def get_manifest(port: Port) -> Manifest:
+    """The dataset of an artifact."""
+    from vlmflow.dataset import manifest
+
+    return manifest.load(port.path)
+
+
+def get_manifests(**ports: Port) -> dict[str, Manifest]:
+    """The datasets of several artifacts by name; those that the recipe lacks (empty ones) are left out."""
+    found = {name: get_manifest(port) for name, port in ports.items()}
+    return {name: manifest for name, manifest in found.items() if manifest.shards}
+
+
+def put_manifest(
+    ctx: Context, manifest: Manifest, out: Port, page: Port, metrics: Port, title: str, layer: str | None = None
+) -> None:
+    """Write a dataset artifact with a page that shows its sizes, the layer's summary and its first samples."""
+    write_object(manifest, out.path)
+    out.metadata.update({"digest": manifest.digest, "samples": manifest.samples, "shards": len(manifest.shards)})
+    values: dict[str, Any] = {"samples": manifest.samples, "shards": len(manifest.shards), "digest": manifest.digest}
+    if layer and layer in manifest.layers:
+        values |= manifest.layers[layer].summary
+    elif manifest.lineage:
+        values |= manifest.lineage[-1].summary
+    show(title, values, page, metrics, table=pages.preview(ctx, manifest, layer))
+
+
+def pull(ctx: Context, dataset: str) -> Manifest:
+    """Pull a dataset of the recipe; an empty dataset when the recipe has none of that name."""
+    from vlmflow.curation import pull as step
+    from vlmflow.dataset.manifest import Manifest
+
+    if dataset not in ctx.recipe.data:
+        return Manifest(name=dataset, shards=[])
+    return step.run(ctx, dataset)
+
+
+def curate(ctx: Context, step: Any, manifest: Manifest, *inputs: Any) -> Manifest:
+    """Run a curation step, or hand the dataset through when the recipe curates none."""
+    return step.run(ctx, manifest, *inputs) if ctx.recipe.curation.dataset else manifest
+
+
+def get_model(port: Port) -> ModelRef:
+    """The model of an artifact."""
+    from vlmflow.models.store import load_ref
+
+    return load_ref(port.path)
+
+
+def get_models(**ports: Port) -> dict[str, ModelRef]:
+    """The models of several artifacts by name."""
+    return {name: get_model(port) for name, port in ports.items()}
+
+
+def put_model(ref: ModelRef, out: Port, page: Port, metrics: Port, candidate: str = "") -> None:
+    """Write a model artifact with a page that shows its lineage."""
+    write_object(ref, out.path)
+    lineage = ref.lineage
+    out.metadata.update({"name": ref.name, "weights": ref.weights_sha256, "candidate": candidate})
+    values = {
+        "weights": ref.weights_sha256,
+        "uri": ref.uri,
+        "bytes": sum(file.bytes for file in ref.files),
+        "step": lineage.step,
+        "stage": lineage.stage,
+        "parents": ", ".join(lineage.parents),
+        "data": ", ".join(lineage.data),
+        "log": lineage.log_uri or "",
+    }
+    show(f"Model {ref.name}", values, page, metrics, table=[{"file": f.path, "bytes": f.bytes} for f in ref.files])
+
+
+# --- training, soup, evaluation --------------------------------------------------------------------------------------
+
+
+def train(ctx: Context, stage: str, init: ModelRef, datasets: dict[str, Manifest], candidate: str = "") -> ModelRef:
+    """Train a stage; a stage that the recipe lacks (or a bootstrap it sets to null) hands the model through."""
+    from vlmflow.training import run
+
+    wanted = ctx.recipe.bootstrap if stage == "bootstrap" else ctx.recipe.stages.get(stage)
+    return run.run(ctx, stage, init, datasets, candidate or None) if wanted else init
+
+
+def candidate_names(ctx: Context) -> list[str]:
+    """Soup candidates in the order of the recipe; never empty (a gathered empty loop crashes kfp.local, L6)."""
+    if not ctx.recipe.soup or not ctx.recipe.soup.candidates:
+        raise RecipeError("soup.candidates: the points pipeline ends in a soup and needs at least one candidate")
+    return list(ctx.recipe.soup.candidates)
+
+
+def get_candidates(ctx: Context, ports: list[Port]) -> dict[str, ModelRef]:
+    """Trained candidates by name, in the order of the recipe."""
+    names = candidate_names(ctx)
+    found = {str(port.metadata.get("candidate", "")): get_model(port) for port in ports}
+    if missing := sorted(set(names) - set(found)):
+        raise DataError(f"candidates {missing} were not trained: {len(found)} of {len(names)} models arrived")
+    return {name: found[name] for name in names}
+
+
+def get_soup(port: Port) -> SoupResult:
+    """The result of the soup step."""
+    from vlmflow.soup.result import SoupResult
+
+    return SoupResult.load(port.path)
+
+
+def put_soup(made: SoupResult, result: Port, model: Port, page: Port, metrics: Port) -> None:
+    """Write the soups, and the chosen model as a model artifact."""
+    made.save(result.path)
+    write_object(made.model, model.path)
+    model.metadata.update({"name": made.model.name, "weights": made.model.weights_sha256, "soup": made.chosen})
+    rows = [
+        {"model": name, "made of": " + ".join(entry.ingredients), "selection mean": entry.selection.mean}
+        | {benchmark: score.accuracy for benchmark, score in entry.selection.benchmarks.items()}
+        for name, entry in made.entries.items()
+    ]
+    values = {"chosen": made.chosen} | {name: entry.selection.mean for name, entry in made.entries.items()}
+    show("Soups, on the selection split", values, page, metrics, table=rows)
+
+
+def lineup(
+    ctx: Context, untrained: Port, bootstrap: Port, candidates: list[Port], soup: Port, evaluators: int
+) -> list[dict[str, str]]:
+    """Models to evaluate as name -> URI of the model folder, dealt into at most `evaluators` groups.
+
+    A soup of one candidate has that candidate's weights: both names get a row, the evaluation finds the finished
+    result by digest.
+    """
+    models = {"untrained": get_model(untrained)}
+    if ctx.recipe.bootstrap:
+        models["bootstrap"] = get_model(bootstrap)
+    models |= get_candidates(ctx, candidates)
+    models |= {name: entry.ref for name, entry in get_soup(soup).soups.items()}
+    count = max(1, min(int(evaluators), len(models)))
+    groups: list[dict[str, str]] = [{} for _ in range(count)]
+    for index, (name, ref) in enumerate(models.items()):
+        groups[index % count][name] = ref.uri
+    return groups
+
+
+def group_name(group: dict[str, str]) -> str:
+    """Step name of an evaluation task, from its first model."""
+    return f"evaluate-{next(iter(group))}"
+
+
+def evaluate(ctx: Context, group: dict[str, str]) -> dict[str, Scores]:
+    """Scores on the report split of every model of a group."""
+    from vlmflow.evaluation import run
+    from vlmflow.models.store import MARKER, load_ref
+
+    return {name: run.run(ctx, load_ref(storage.join(uri, MARKER)), "report") for name, uri in group.items()}
+
+
+def put_scores(scores: dict[str, Scores], out: Port, page: Port, metrics: Port) -> None:
+    """Write the scores of a group: an object of score objects."""
+    plain = {name: score.model_dump(mode="json") for name, score in scores.items()}
+    storage.write_json(out.path, plain)
+    rows = [
+        {"model": name, "mean": s.mean} | {b: v.accuracy for b, v in s.benchmarks.items()} for name, s in scores.items()
+    ]
+    values = {str(row["model"]): {k: v for k, v in row.items() if k != "model"} for row in rows}
+    show("Scores on the report split", values, page, metrics, table=rows)
+
+
+def get_scores(ctx: Context, ports: list[Port]) -> dict[str, Scores]:
+    """All groups' scores by model name: untrained, bootstrap, candidates, soups."""
+    from vlmflow.evaluation.scores import Scores
+
+    found = {name: Scores.model_validate(s) for port in ports for name, s in storage.read_json(port.path).items()}
+    order = ["untrained", "bootstrap", *candidate_names(ctx)]
+    known = [name for name in order if name in found]
+    return {name: found[name] for name in [*known, *sorted(set(found) - set(known), key=_soup_order)]}
+
+
+def _soup_order(name: str) -> tuple[int, str]:
+    return (SOUPS.index(name) if name in SOUPS else len(SOUPS), name)
+
+
+def put_object(obj: Any, out: Port, page: Port, metrics: Port, title: str) -> None:
+    """Write any result object, and show its fields."""
+    write_object(obj, out.path)
+    values = json.loads(Path(out.path).read_text(encoding="utf-8"))
+    show(title, {k: v for k, v in values.items() if not isinstance(v, list)}, page, metrics)

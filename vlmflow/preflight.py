@@ -1,0 +1,169 @@
+"""Everything a run needs, checked before anything is spent: by the pipeline's first task and by the command line.
+
+Each check either passes or raises the error that says what to do; the list of passed checks is shown in the UI.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import urllib.error
+import urllib.request
+from typing import TYPE_CHECKING
+
+from vlmflow import storage
+from vlmflow.errors import DataError, NotFound, RecipeError, ServiceError
+from vlmflow.ports import DATASETS, STAGES
+
+if TYPE_CHECKING:
+    from vlmflow.recipe import Recipe
+    from vlmflow.step import Context
+
+TIMEOUT = 10.0  # seconds for one probe over HTTP
+LEAST_FREE_BYTES = 256 * 2**20
+
+
+def resolve(source: str, overrides: list[str], soup_choice: str = "recipe") -> Recipe:
+    """Load a recipe from a path or URI with overrides, and refuse what the points pipeline cannot run.
+
+    Raises:
+        RecipeError: naming the field and what is allowed.
+    """
+    from vlmflow.recipe import load
+
+    changes = list(overrides)
+    if soup_choice != "recipe":
+        changes.append(f"soup.choose={soup_choice}")
+    recipe = load(source, changes)
+    suits_pipeline(recipe)
+    return recipe
+
+
+def suits_pipeline(recipe: Recipe) -> None:
+    """Refuse sections that the points pipeline would silently not run. Raises RecipeError."""
+    problems = []
+    if unknown := sorted(set(recipe.data) - set(DATASETS)):
+        problems.append(
+            f"data: the points pipeline carries the datasets {list(DATASETS)}, the recipe also has {unknown}"
+        )
+    if unknown := [name for name in recipe.stages if name not in STAGES]:
+        problems.append(f"stages: the points pipeline runs {list(STAGES)}, the recipe also has {unknown}")
+    order = [name for name in STAGES if name in recipe.stages]
+    if list(recipe.stages) != order and not unknown:
+        problems.append(
+            f"stages: the points pipeline runs them in the order {order}, the recipe has {list(recipe.stages)}"
+        )
+    if recipe.curation.dataset not in (None, "web"):
+        problems.append(
+            f"curation.dataset: the points pipeline curates 'web', the recipe says '{recipe.curation.dataset}'"
+        )
+    if recipe.soup is None:
+        problems.append("soup: the points pipeline ends in a soup; name at least one candidate")
+    if problems:
+        raise RecipeError("the recipe does not fit the pipeline 'points':\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def check(ctx: Context) -> list[dict[str, str]]:
+    """Probe tables, object store, scratch disk, MLflow and services.
+
+    Returns:
+        One row a check: `check` (what) and `found` (what answered).
+
+    Raises:
+        StorageError: the store refuses, is full, or does not answer.
+        DataError: a table of the recipe does not exist.
+        ServiceError: MLflow or another service does not answer, or its address is not configured.
+    """
+    rows = []
+    with ctx.progress("preflight", 5, "checks") as progress:
+        for probe in (_store, _scratch, _tables, _mlflow, _services):
+            rows += [{"check": what, "found": found} for what, found in probe(ctx)]
+            progress.advance()
+    return rows
+
+
+def _store(ctx: Context) -> list[tuple[str, str]]:
+    storage.check(ctx.root)
+    return [("object store writes, reads and deletes", ctx.root)]
+
+
+def _scratch(ctx: Context) -> list[tuple[str, str]]:
+    ctx.scratch.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(ctx.scratch).free
+    if free < LEAST_FREE_BYTES:
+        raise ServiceError(
+            f"scratch disk {ctx.scratch} has {free / 2**20:.0f} MiB free, a run wants at least "
+            f"{LEAST_FREE_BYTES / 2**20:.0f} MiB: steps would fail in the middle. Free space or set VLMFLOW_SCRATCH."
+        )
+    return [("scratch disk", f"{free / 2**30:.1f} GiB free at {ctx.scratch}")]
+
+
+def _tables(ctx: Context) -> list[tuple[str, str]]:
+    recipe = ctx.recipe
+    tables = {
+        f"data.{dataset}.sources.{name}.table": source.table
+        for dataset, spec in recipe.data.items()
+        for name, source in spec.sources.items()
+    }
+    tables |= {f"evaluation.benchmarks.{name}.table": spec.table for name, spec in recipe.evaluation.benchmarks.items()}
+    for field, uri in tables.items():
+        _table(field, uri)
+    return [("tables of the recipe exist", f"{len(tables)} tables")]
+
+
+def _table(field: str, uri: str) -> None:
+    if uri.startswith(("http://", "https://")):
+        try:
+            with urllib.request.urlopen(urllib.request.Request(uri, method="HEAD"), timeout=TIMEOUT):
+                return
+        except (urllib.error.URLError, OSError) as error:
+            raise DataError(
+                f"{field}: {uri} does not answer ({error}). Correct the address or start the server."
+            ) from error
+    try:
+        storage.size(uri)
+    except NotFound as error:
+        raise DataError(f"{field}: there is no table at {uri}. Correct the recipe or put the table there.") from error
+
+
+def _mlflow(ctx: Context) -> list[tuple[str, str]]:
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if not uri:
+        raise ServiceError(
+            "MLFLOW_TRACKING_URI is not set: the last steps register the model there, after hours of training. "
+            "Set it, or let `vlmflow run` start the local stack."
+        )
+    if uri.startswith(("http://", "https://")):
+        _answers(f"{uri.rstrip('/')}/health", "MLflow (MLFLOW_TRACKING_URI)")
+    return [("MLflow answers", uri)]
+
+
+def _services(ctx: Context) -> list[tuple[str, str]]:
+    rows = []
+    for name in ("caption", "fuse"):
+        step = getattr(ctx.recipe.curation, name)
+        if ctx.recipe.curation.dataset and step.engine == "openai":
+            url = os.environ.get(step.endpoint_env, "")
+            if not url:
+                raise ServiceError(
+                    f"curation.{name}.engine is 'openai', but {step.endpoint_env} is not set; it must hold the base URL of "
+                    "an OpenAI-compatible endpoint."
+                )
+            rows.append((f"endpoint of {name}", url))
+    return rows
+
+
+def _answers(url: str, what: str) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT):
+            return
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):
+            raise ServiceError(
+                f"{what} at {url} refuses us ({error.code}); check its user name and password."
+            ) from error
+        raise ServiceError(f"{what} at {url} answers with {error.code}; look at its log.") from error
+    except (urllib.error.URLError, OSError) as error:
+        raise ServiceError(
+            f"{what} does not answer at {url}: {error}. Start it (`vlmflow up`) or correct the address."
+        ) from error
