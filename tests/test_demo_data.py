@@ -5,6 +5,7 @@ import collections
 import csv
 import hashlib
 import io
+import json
 import urllib.error
 import urllib.request
 
@@ -150,6 +151,7 @@ def test_conversations_are_llava_turns_about_one_picture(served):
     for name in ("base", "charts", "pairs", "describe"):
         for row in table(served, name):
             turns = row["conversations"]
+            turns = json.loads(turns) if isinstance(turns, str) else turns
             assert [t["from"] for t in turns] == ["human", "gpt"] * (len(turns) // 2)
             assert turns[0]["value"].startswith("<image>\n") and turns[0]["value"].count("<image>") == 1
             assert all(t["value"].strip() for t in turns)

@@ -26,12 +26,12 @@ GENERATOR = 1
 
 BENCHMARKS = ("digits", "words", "mcq", "yesno")
 TABLES = {
-    "seed": "tables/seed.csv",
+    "seed": "tables/seed.parquet",
     "web": "tables/web.parquet",
-    "base": "tables/sft/base.parquet",
-    "charts": "tables/sft/charts.parquet",
-    "pairs": "tables/sft/pairs.parquet",
-    "describe": "tables/sft/describe.parquet",
+    "base": "tables/sft-base.parquet",
+    "charts": "tables/sft-charts.parquet",
+    "pairs": "tables/sft-pairs.csv",
+    "describe": "tables/sft-describe.parquet",
 }
 _COLUMNS = ("index", "question", "A", "B", "C", "D", "answer", "category", "split", "image")
 _FOLDERS = {
@@ -74,7 +74,7 @@ def tables(site: Path, base_url: str) -> Path:
                 row["url"] = f"{base_url}/{row['url']}"
             target = draft / path
             target.parent.mkdir(parents=True, exist_ok=True)
-            _csv(target, rows) if path.endswith(".csv") else _parquet(target, rows)
+            (_csv if path.endswith(".csv") else _parquet)(target, rows)
         os.rename(draft, final)
     except OSError:
         if not final.is_dir():
@@ -120,7 +120,8 @@ def _csv(path: Path, rows: list[dict]) -> None:
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        for row in rows:
+            writer.writerow({k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()})
 
 
 def _parquet(path: Path, rows: list[dict]) -> None:

@@ -1,1 +1,1 @@
-"""The page that shows what a run did."""
+"""One self-contained HTML page about a run: what was done, what came out, what was not run."""

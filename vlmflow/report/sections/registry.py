@@ -1,0 +1,83 @@
+"""Which version was registered, what the gates say, and whether the exported directory gives what was trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vlmflow.report.html import Safe, absent, code, el, join, table, tag
+from vlmflow.report.numbers import short, size
+from vlmflow.report.page import Page
+
+SMOKE_SHOWN = 8
+
+
+def section(page: Page) -> Safe:
+    return join(
+        [el("h3", "Registry"), _registered(page.inputs.registered), el("h3", "Export"), _exported(page.inputs.exported)]
+    )
+
+
+def _registered(found: dict[str, Any] | None) -> Safe:
+    if not found:
+        return absent("No version was registered.")
+    rows = [
+        [key.replace("_", " "), el("code", found[key])]
+        for key in ("name", "version", "run_id", "url", "source")
+        if found.get(key)
+    ]
+    gates = found.get("gates") or {}
+    details = found.get("gate_details") or {}
+    verdicts = [[name.replace("_", " "), _mark(value), details.get(name, "")] for name, value in gates.items()]
+    return join([
+        table(["", ""], rows),
+        table(["gate", "verdict", "found and asked for"], verdicts) if verdicts else absent("No gate was evaluated."),
+    ])  # fmt: skip
+
+
+def _mark(value: Any) -> Safe:
+    good = value in (True, "pass", "passed", "ok")
+    return tag("pass" if good else "fail", "good" if good else "bad")
+
+
+def _exported(found: dict[str, Any] | None) -> Safe:
+    if not found:
+        return absent("No directory was exported.")
+    parts = [el("p", "Directory ", el("code", found.get("uri", "")))]
+    smoke = found.get("smoke")
+    if smoke is None:
+        parts.append(absent("The smoke test of the export did not run."))
+    elif isinstance(smoke, dict):
+        parts.append(_smoke(smoke))
+    else:
+        parts.append(el("p", "Smoke test: ", el("code", smoke)))
+    files = [file for file in found.get("files") or [] if isinstance(file, dict)]
+    if files:
+        rows = [[file.get("path"), size(file.get("bytes") or 0), code(file.get("sha256"))] for file in files]
+        body = table(["file", "size", "sha256"], rows, numeric=(1,))
+        parts.append(
+            el("details", el("summary", f"{len(files)} files, {size(sum(f.get('bytes') or 0 for f in files))}"), body)
+        )
+    return join(parts)
+
+
+def _smoke(smoke: dict[str, Any]) -> Safe:
+    """Checks and figures as a table; lists of records (questions, replies) as tables of their own."""
+    rows, tables = [], []
+    for key, value in smoke.items():
+        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+            columns = [c for c in dict.fromkeys(k for entry in value for k in entry) if c != "image"]
+            body = [[_value(entry.get(column)) for column in columns] for entry in value[:SMOKE_SHOWN]]
+            tables.append(join([el("h3", key.replace("_", " ")), table(columns, body)]))
+        else:
+            rows.append([key.replace("_", " "), _value(value)])
+    return join([table(["smoke test", ""], rows) if rows else "", *tables])
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, bool):
+        return tag("yes", "good") if value else tag("no", "bad")
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {short(v)}" for k, v in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return code(value) if isinstance(value, str) and len(value) == 64 else short(value)
