@@ -63,6 +63,9 @@ class Server:
                 while not self.released.is_set():
                     await asyncio.sleep(0.01)
             return web.Response(body=picture(int(rest)), content_type="image/png")
+        if kind == "table":
+            rows = "".join(f"{self.url(f'/img/{i}')},text {i}\n" for i in range(int(rest.removesuffix(".csv"))))
+            return web.Response(text="url,text\n" + rows)
         if kind == "status":
             return web.Response(status=int(rest), text="no")
         if kind == "redirect":

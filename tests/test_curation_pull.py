@@ -199,6 +199,11 @@ def test_table_formats_give_the_same_samples(server, tmp_path, kind):
     assert [s.meta["text"] for s in ShardReader(manifest.shards[0])] == [r["text"] for r in rows]
 
 
+def test_a_table_at_an_allowed_host_is_fetched(server, tmp_path):
+    manifest = pull.run(context(tmp_path, {"web": {"table": server.url("/table/12.csv")}}), "web")
+    assert [s.samples for s in manifest.shards] == [10, 2]
+
+
 def test_wrong_tables_are_refused_with_what_to_change(server, tmp_path):
     uri = table(tmp_path / "t.csv", [{"link": "x", "alt": "y"}])
     with pytest.raises(DataError, match=r"no column 'url'; it has \['link', 'alt'\]. Set data.web.sources.web.url_column"):
