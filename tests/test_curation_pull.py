@@ -244,6 +244,23 @@ def test_a_dead_server_is_named_and_nothing_of_it_is_kept(tmp_path):
     assert not list(tmp_path.glob("store/shards/*.tar"))
 
 
+def test_shards_lost_to_an_outage_are_fetched_again_later(server, tmp_path):
+    rows = [{"url": server.url(f"/img/{i}"), "text": f"a {i}"} for i in range(10)]
+    rows += [{"url": server.url(f"/status/503?{i}"), "text": "x"} for i in range(10)]
+    uri = table(tmp_path / "t.csv", rows)
+    server.down = True
+    with pytest.raises(StepFailed, match=r"10 of 10 rows failed.*http_503.*1 shards with such passing failures were not kept"):
+        pull.run(context(tmp_path, {"web": {"table": uri}}, failure_limit=0.4, retries=0), "web")
+    server.down = False
+    with pytest.raises(StepFailed, match="10 of 20 rows failed"):  # the first shard lands now, the second is still out
+        pull.run(context(tmp_path, {"web": {"table": uri}}, failure_limit=0.4, retries=0), "web")
+    hits = server.images
+    manifest = pull.run(context(tmp_path, {"web": {"table": uri}}, failure_limit=0.6, retries=0), "web")
+    assert manifest.samples == 10 and server.images == hits
+    assert len(list(tmp_path.glob("store/shards/*.tar"))) == 2
+    assert not list(tmp_path.glob("scratch/pull-held/*"))
+
+
 def test_resume_fetches_nothing_that_had_landed(server, tmp_path):
     rows = [{"url": server.url(f"/img/{i}"), "text": f"a {i}"} for i in range(30)]
     ctx = context(tmp_path, {"web": {"table": table(tmp_path / "t.csv", rows)}})
