@@ -41,6 +41,7 @@ class Server:
         self.port = 0
         self.hits: Counter[str] = Counter()
         self.agents: set[str] = set()
+        self.down = False  # images answer with 503
         self.gate_after: int | None = None  # images served before further requests wait
         self.waiting = threading.Event()
         self.released = threading.Event()
@@ -57,12 +58,17 @@ class Server:
         self.hits[path] += 1
         self.agents.add(request.headers.get("User-Agent", ""))
         kind, _, rest = path.lstrip("/").partition("/")
+        if kind == "img" and self.down:
+            return web.Response(status=503, text="down")
         if kind == "img":
             if self.gate_after is not None and self.images > self.gate_after:
                 self.waiting.set()
                 while not self.released.is_set():
                     await asyncio.sleep(0.01)
             return web.Response(body=picture(int(rest)), content_type="image/png")
+        if kind == "table":
+            rows = "".join(f"{self.url(f'/img/{i}')},text {i}\n" for i in range(int(rest.removesuffix(".csv"))))
+            return web.Response(text="url,text\n" + rows)
         if kind == "status":
             return web.Response(status=int(rest), text="no")
         if kind == "redirect":

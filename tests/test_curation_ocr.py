@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -13,8 +15,9 @@ from vlmflow.curation.reading_order import lines_in_order
 from vlmflow.dataset.layer import read_layer
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.dataset.sample import Sample
-from vlmflow.dataset.shard import describe_shard, write_shard
+from vlmflow.dataset.shard import ShardReader, describe_shard, write_shard
 from vlmflow.digest import sha256_bytes
+from vlmflow.errors import StepFailed
 from vlmflow.recipe.data import CurationSpec, OcrSpec, PullSpec
 from vlmflow.step import Context
 
@@ -107,6 +110,22 @@ def test_short_or_doubtful_lines_are_left_out():
     picture = draw((300, 120), [((20, 10), "ok"), ((20, 60), "sentence")])
     assert ocr.Reader(min_chars=3).read(picture)[0] == "sentence"
     assert ocr.Reader(min_score=1.0).read(picture)[0] == ""
+
+
+def test_a_killed_worker_is_replaced_until_too_many_die(tmp_path, monkeypatch):
+    manifest = dataset(tmp_path, [[(png(draw((200, 60), [((20, 14), "first text")])),), ()]])
+    shard = ShardReader(manifest.shards[0])
+    with ocr._Workers(1, {}, 1_000_000) as workers:
+
+        def kill():
+            os.kill(workers._get().submit(os.getpid).result(), signal.SIGKILL)
+
+        kill()
+        assert [row["text"] for row in workers.read(shard)] == ["first text", ""]
+        monkeypatch.setattr(ocr, "DEATHS", 1)
+        kill()
+        with pytest.raises(StepFailed, match=r"died 2 times.*curation\.ocr\.workers"):
+            list(workers.read(shard))
 
 
 def png(image):

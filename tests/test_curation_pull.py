@@ -199,6 +199,11 @@ def test_table_formats_give_the_same_samples(server, tmp_path, kind):
     assert [s.meta["text"] for s in ShardReader(manifest.shards[0])] == [r["text"] for r in rows]
 
 
+def test_a_table_at_an_allowed_host_is_fetched(server, tmp_path):
+    manifest = pull.run(context(tmp_path, {"web": {"table": server.url("/table/12.csv")}}), "web")
+    assert [s.samples for s in manifest.shards] == [10, 2]
+
+
 def test_wrong_tables_are_refused_with_what_to_change(server, tmp_path):
     uri = table(tmp_path / "t.csv", [{"link": "x", "alt": "y"}])
     with pytest.raises(DataError, match=r"no column 'url'; it has \['link', 'alt'\]. Set data.web.sources.web.url_column"):
@@ -237,6 +242,23 @@ def test_a_dead_server_is_named_and_nothing_of_it_is_kept(tmp_path):
     with pytest.raises(StepFailed, match=f"refused.*No server answers at 127.0.0.1:{port}.*run the step again"):
         pull.run(ctx, "web")
     assert not list(tmp_path.glob("store/shards/*.tar"))
+
+
+def test_shards_lost_to_an_outage_are_fetched_again_later(server, tmp_path):
+    rows = [{"url": server.url(f"/img/{i}"), "text": f"a {i}"} for i in range(10)]
+    rows += [{"url": server.url(f"/status/503?{i}"), "text": "x"} for i in range(10)]
+    uri = table(tmp_path / "t.csv", rows)
+    server.down = True
+    with pytest.raises(StepFailed, match=r"10 of 10 rows failed.*http_503.*1 shards with such passing failures were not kept"):
+        pull.run(context(tmp_path, {"web": {"table": uri}}, failure_limit=0.4, retries=0), "web")
+    server.down = False
+    with pytest.raises(StepFailed, match="10 of 20 rows failed"):  # the first shard lands now, the second is still out
+        pull.run(context(tmp_path, {"web": {"table": uri}}, failure_limit=0.4, retries=0), "web")
+    hits = server.images
+    manifest = pull.run(context(tmp_path, {"web": {"table": uri}}, failure_limit=0.6, retries=0), "web")
+    assert manifest.samples == 10 and server.images == hits
+    assert len(list(tmp_path.glob("store/shards/*.tar"))) == 2
+    assert not list(tmp_path.glob("scratch/pull-held/*"))
 
 
 def test_resume_fetches_nothing_that_had_landed(server, tmp_path):
