@@ -144,6 +144,7 @@ def environment(info: StackInfo) -> dict[str, str]:
     direct += [host for host in (LOOPBACK, "localhost") if host not in direct]
     return {
         "VLMFLOW_S3_ENDPOINT": info.s3_endpoint,
+        "VLMFLOW_S3_FOLDER": str(info.state_dir / "s3"),
         "VLMFLOW_ROOT": info.root,
         "AWS_ACCESS_KEY_ID": info.access_key,
         "AWS_SECRET_ACCESS_KEY": info.secret_key,
