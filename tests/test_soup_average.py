@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from vlmflow.errors import ModelError
 from vlmflow.soup import average as module
+from vlmflow.soup.accumulate import from_float64
 from vlmflow.soup.average import Parent, average
-from vlmflow.soup.tensors import from_float64, open_weights
+from vlmflow.soup.tensors import open_weights
 
 CONFIG = {"model_type": "points", "hidden_size": 8, "tie_word_embeddings": False}
 
@@ -92,6 +93,8 @@ def test_bfloat16_is_rounded_once() -> None:
     got = torch.frombuffer(bytearray(from_float64(value, "BF16")), dtype=torch.bfloat16).double().numpy()
     assert list(got[:4]) == [1 + 2.0**-7, -(1 + 2.0**-7), 1.0, 0.0]
     assert np.array_equal(got, nearest_bfloat16(value))
+    minus = from_float64(np.array([-0.0, -0.0]), "BF16")
+    assert minus == b"\x00\x80" * 2
     twice = torch.from_numpy(value[:1]).float().bfloat16().double().item()
     assert twice == 1.0  # what the usual way gives
 
