@@ -83,7 +83,7 @@ def test_scores(ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert choice.interval[0] < choice.accuracy < choice.interval[1]
     asked = [e for e in log if "n" in e]
     assert {e["max_new_tokens"] for e in asked} == {3, 32}
-    assert {e.get("max_tiles") for e in asked} == {12, None} and all(e["n"] <= 16 and e["batch"] == 2 for e in asked)
+    assert {e["max_tiles"] for e in asked} == {12, 4} and all(e["n"] <= 16 and e["batch"] == 2 for e in asked)
     scores.save(tmp_path / "s.json")
     assert Scores.load(tmp_path / "s.json") == scores
 
@@ -166,6 +166,23 @@ def test_a_broken_image_is_counted_and_named(ctx: Context, tmp_path: Path, monke
     write_table(tmp_path / "digits.tsv", rows)
     with pytest.raises(DataError, match="none of its 4 questions"):
         run(ctx, model(ctx, tmp_path), "report")
+
+
+def test_a_question_the_model_refuses_costs_no_other(
+    ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = install(monkeypatch, answer)
+    rows = [
+        {"index": i, "question": "Read." if i != 4 else "Read <image>.", "answer": str(i), "image": shade(i),
+         "split": ["report", "selection"][i % 2]}
+        for i in range(8)
+    ]  # fmt: skip
+    write_table(tmp_path / "digits.tsv", rows)
+    score = run(ctx, model(ctx, tmp_path), "report").benchmarks["digits"]
+    assert (score.n, score.errors, score.accuracy) == (4, 1, 0.75)
+    found = pq.read_table(score.predictions).to_pylist()
+    assert [r["reply"] for r in found] == ["0", "2", "", "6"]
+    assert "refuses" in found[2]["error"] and [e["n"] for e in log if e.get("max_new_tokens") == 3] == [4, 1, 1, 1, 1]
 
 
 def test_splits_are_disjoint_whole_and_stable() -> None:
