@@ -15,7 +15,8 @@ from PIL import Image
 
 from vlmflow.errors import DataError, NotFound, Unreachable
 from vlmflow.evaluation import prompts, table_file
-from vlmflow.evaluation.tsv import Question, Table, encode_image, write_table
+from vlmflow.evaluation.pictures import encode_image
+from vlmflow.evaluation.tsv import Question, Table, write_table
 
 
 def picture(shade: int) -> Image.Image:
@@ -135,7 +136,7 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_enormous_image_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmflow.evaluation.tsv.MAX_PIXELS", 60)
+    monkeypatch.setattr("vlmflow.evaluation.pictures.MAX_PIXELS", 60)
     write_table(tmp_path / "t.tsv", [row()])
     table = Table(tmp_path / "t.tsv", "multiple_choice")
     with pytest.raises(DataError, match="9 x 7 = 63 pixels; at most 60"):

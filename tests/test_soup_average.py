@@ -134,24 +134,6 @@ def test_header_bytes_do_not_depend_on_how_the_parent_was_written(tmp_path: Path
     assert first == again  # the mean of equal models is that model, byte for byte
 
 
-def test_loads_as_a_transformers_model(tmp_path: Path) -> None:
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    config = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28
-    )
-    models = []
-    for i in range(2):
-        torch.manual_seed(i)
-        models.append(CLIPVisionModel(config))
-        models[i].save_pretrained(tmp_path / f"m{i}")
-    average([Parent(f"m{i}", tmp_path / f"m{i}") for i in range(2)], tmp_path / "soup")
-    soup = CLIPVisionModel.from_pretrained(tmp_path / "soup").state_dict()
-    for name, a in models[0].state_dict().items():
-        b = models[1].state_dict()[name]
-        assert torch.equal(soup[name], ((a.double() + b.double()) / 2).float() if a.is_floating_point() else a)
-
-
 def change(tmp_path: Path, what: str) -> tuple[list[Parent], list[str]]:
     p = parents(tmp_path, 3)
     state, folder = tensors(2, torch.float32), p[2].folder

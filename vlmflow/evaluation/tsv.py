@@ -11,8 +11,6 @@ range of every record, and reads an image again only when it is asked for.
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
 import contextlib
 import csv
 import io
@@ -26,13 +24,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.errors import DataError
+from vlmflow.evaluation.pictures import decode_image, encode_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 KINDS = ("reading", "multiple_choice", "yes_no")
 REFERENCE_CHARS = 64  # VLMEvalKit: an image value this short is another row's index
-MAX_PIXELS = 200_000_000  # a decompression bomb, not a benchmark image
 LETTERS = string.ascii_uppercase
 
 
@@ -97,35 +95,6 @@ class Table:
         with _wide_fields():
             row = next(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
         return row[self.columns.index("image")]
-
-
-def decode_image(value: str, where: str) -> Image:
-    """base64 of an image file -> RGB image. `where` starts the message of the DataError that bad input raises."""
-    from PIL import Image as pil
-
-    if value.startswith("data:") and "," in value[:100]:
-        value = value.split(",", 1)[1]
-    try:
-        raw = base64.b64decode("".join(value.split()), validate=True)
-    except (binascii.Error, ValueError) as e:
-        raise DataError(f"{where}: {len(value)} characters are not base64 ({e}). Write the image again.") from None
-    try:
-        with pil.open(io.BytesIO(raw)) as image:
-            pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
-                raise DataError(f"{where}: {image.width} x {image.height} = {pixels} pixels; at most {MAX_PIXELS}.")
-            return image.convert("RGB")
-    except DataError:
-        raise
-    except Exception as e:  # Pillow raises many kinds for broken files
-        raise DataError(f"{where}: {len(raw)} bytes do not decode as an image ({type(e).__name__}: {e}).") from None
-
-
-def encode_image(image: Image, format: str = "PNG") -> str:
-    """An image as the base64 text that the `image` column holds."""
-    buffer = io.BytesIO()
-    image.save(buffer, format=format)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
