@@ -22,8 +22,8 @@ from vlmflow.recipe.results import BenchmarkSpec, EvaluationSpec
 from vlmflow.step import Context
 
 
-def shade(value: int) -> Image.Image:
-    return Image.new("RGB", (8, 8), (value, 0, 0))
+def shade(value: int, copy: int = 0) -> Image.Image:
+    return Image.new("RGB", (8, 8), (value, copy, 0))
 
 
 def answer(folder: Path, request: Request) -> str:
@@ -37,7 +37,7 @@ def answer(folder: Path, request: Request) -> str:
 
 @pytest.fixture
 def ctx(tmp_path: Path) -> Context:
-    digits = [{"index": i, "question": "Read.", "answer": str(i % 10), "image": shade(i % 10)} for i in range(60)]
+    digits = [{"index": i, "question": "Read.", "answer": str(i % 10), "image": shade(i % 10, i)} for i in range(60)]
     choice = [
         {"index": i, "question": "Which?", "A": "x", "B": "y", "C": "z" if i % 2 else "", "answer": "AB"[i % 4 > 0],
          "image": shade(i), "category": f"c{i % 2}", "split": "selection" if i < 8 else "report"}
@@ -78,6 +78,7 @@ def test_scores(ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert digits.accuracy == 1.0 and digits.parsed == 1.0 and digits.chance == pytest.approx(0.1)
     assert choice.n == 16 and choice.accuracy == pytest.approx(12 / 16) and choice.split_by == "column"
     assert choice.chance == pytest.approx((1 / 2 + 1 / 3) / 2) and choice.categories == {"c0": (0.5, 8), "c1": (1.0, 8)}
+    assert (yes.majority, choice.majority) == (1.0, 12 / 16)  # always "yes" would be right here: chance alone flatters
     assert yes.chance == 0.5 and yes.accuracy == yes.parsed < 1 and yes.split_by == "hash"
     assert scores.mean == pytest.approx((digits.accuracy + choice.accuracy + yes.accuracy) / 3)
     assert choice.interval[0] < choice.accuracy < choice.interval[1]

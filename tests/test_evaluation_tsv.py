@@ -50,6 +50,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [i.getpixel((0, 0))[0] for i in table.images(table[2])] == [20, 30]
 
 
+def test_equal_copies_of_an_image_belong_together(tmp_path: Path) -> None:
+    images = [picture(1), picture(2), picture(1), "b", [picture(2), picture(3)]]
+    rows = [{"index": i, "question": "?", "answer": "x", "image": m} for i, m in zip("abcde", images, strict=True)]
+    write_table(tmp_path / "t.tsv", rows)
+    assert [q.group for q in Table(tmp_path / "t.tsv", "reading")] == ["a", "b", "a", "b", "b"]
+
+
 def test_equal_rows_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_table(tmp_path / name, ROWS)
@@ -111,6 +118,9 @@ def test_broken_files(tmp_path: Path) -> None:
     path = tmp_path / "t.tsv"
     path.write_text("index\tquestion\tanswer\n1\ta\tb\tc\n")
     with pytest.raises(DataError, match=r"row '1'.*4 cells.*3 columns"):
+        Table(path, "reading")
+    path.write_text('index\tquestion\tanswer\n1\t"open\tb\n2\tc\td\n')
+    with pytest.raises(DataError, match=r"line 3: not a tab-separated table.*quote"):
         Table(path, "reading")
     path.write_bytes(b"index\tquestion\tanswer\n1\t\xff\tb\n")
     with pytest.raises(DataError, match="line 2 is not UTF-8"):

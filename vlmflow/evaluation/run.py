@@ -8,6 +8,7 @@ model again reads it instead of generating. A killed run loses at most the bench
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,6 +130,7 @@ def _score(ctx: Context, plan: _Plan, vlm: Generates, split: Split) -> Benchmark
         accuracy=right / n,
         n=n,
         chance=chance(questions, plan.spec.kind) if plan.spec.chance is None else plan.spec.chance,
+        majority=max(Counter(q.answer.casefold() for q in questions).values()) / n,
         parsed=sum(r["extracted"] is not None for r in rows) / n,
         errors=sum(bool(r["error"]) for r in rows),
         interval=wilson(right, n),

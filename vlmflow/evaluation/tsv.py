@@ -13,6 +13,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -37,7 +38,8 @@ LETTERS = string.ascii_uppercase
 @dataclass(frozen=True)
 class Question:
     """One row without its pixels. `images` holds, per image, the index of the row that stores it and the place in that
-    row's list; `group` is the index of the row whose image is used first (rows of one image belong together)."""
+    row's list; `group` is the index of the first row that stores the question's first image (rows of one image, by
+    reference or as equal copies, belong together)."""
 
     index: str
     question: str
@@ -183,6 +185,8 @@ def _scan(path: Path, kind: str) -> tuple[list[str], list[Question], dict[str, t
         raise DataError(f"{path}: no such benchmark table")
     raw: list[tuple[dict[str, str], list[str]]] = []  # text columns; image references ("" = stored in this row)
     ranges: dict[str, tuple[int, int]] = {}
+    holders: dict[bytes, str] = {}  # hash of an image -> first row that stores it
+    groups: dict[str, str] = {}
     with open(path, "rb") as f, _wide_fields():
         records = _Records(f, path)
         reader = csv.reader(iter(records), delimiter="\t", strict=True)
@@ -200,14 +204,19 @@ def _scan(path: Path, kind: str) -> tuple[list[str], list[Question], dict[str, t
                             f"(second time on line {records.lines}). Indices must be unique."
                         )
                     ranges[row["index"]] = (start, stop)
+                    image = hashlib.sha256(_first_image(row).encode()).digest()
+                    groups[row["index"]] = holders.setdefault(image, row["index"])
                     raw.append((row, _references(path, row)))
                 start = stop
         except csv.Error as e:
-            raise DataError(f"{path}: line {records.lines}: not a tab-separated table ({e})") from None
+            raise DataError(
+                f"{path}: line {records.lines}: not a tab-separated table ({e}). A cell that begins with a "
+                "quote must end with one, and quotes inside it are doubled."
+            ) from None
     if not raw:
         raise DataError(f"{path}: the table has no rows, so there is nothing to score")
     stored = {row["index"]: refs for row, refs in raw}
-    return columns, [_question(path, row, refs, stored, kind) for row, refs in raw], ranges
+    return columns, [_question(path, row, refs, stored, groups, kind) for row, refs in raw], ranges
 
 
 def _check_columns(path: Path, columns: Sequence[str], kind: str) -> None:
@@ -236,6 +245,12 @@ def _row(path: Path, columns: Sequence[str], cells: Sequence[str], line: int) ->
     return row
 
 
+def _first_image(row: Mapping[str, str]) -> str:
+    """What identifies the row's first image: its base64 text, or the row itself when it stores none."""
+    first = _image_values(row["image"])[0] if "image" in row else ""
+    return first if len(first) > REFERENCE_CHARS else f"row {row['index']}"
+
+
 def _references(path: Path, row: dict[str, str]) -> list[str]:
     """What each image of the row is: "" = stored here, otherwise another row's index. Drops the pixels from `row`."""
     if "image" not in row:
@@ -249,7 +264,14 @@ def _references(path: Path, row: dict[str, str]) -> list[str]:
     return ["" if len(v) > REFERENCE_CHARS else v for v in _image_values(cell)]
 
 
-def _question(path: Path, row: dict[str, str], refs: list[str], stored: Mapping[str, list[str]], kind: str) -> Question:
+def _question(
+    path: Path,
+    row: dict[str, str],
+    refs: list[str],
+    stored: Mapping[str, list[str]],
+    groups: Mapping[str, str],
+    kind: str,
+) -> Question:
     index, images = row["index"], []
     for place, ref in enumerate(refs):
         if not ref:
@@ -282,7 +304,7 @@ def _question(path: Path, row: dict[str, str], refs: list[str], stored: Mapping[
         optional["l2-category"],
         optional["split"],
         tuple(images),
-        images[0][0] if images else index,
+        groups[images[0][0]] if images else index,
     )
 
 
