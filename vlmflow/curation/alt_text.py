@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from functools import lru_cache
 
 from vlmflow.curation.word_lists import words_of
 
@@ -57,6 +58,7 @@ def unescape(text: str) -> str:
     return " ".join(text.split())
 
 
+@lru_cache(maxsize=256)
 def clean_alt(text: str) -> str:
     """The part of a web alt text that may be about the picture; "" when nothing is left.
 

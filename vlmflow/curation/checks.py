@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vlmflow.curation.alt_text import clean_alt, unescape
 from vlmflow.curation.textnorm import supported, tokens, vocabulary
@@ -106,7 +107,7 @@ def repetition(words: list[str], n: int = 3) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _names(text: str, sources: set[str]) -> list[str]:
+def _names(text: str, sources: Set[str]) -> list[str]:
     """Capitalised words in the middle of a sentence that no source supports; months may stand for a number."""
     found, start = [], True
     for chunk in text.split():
@@ -133,7 +134,12 @@ def _copies(text: str, alt: str, synthetic: str) -> bool:
 
 
 def _scripts(text: str) -> set[str]:
-    return {unicodedata.name(c, "?").split(" ")[0] for c in text if c.isalpha() and c not in "ªºµ"}
+    return {_script(c) for c in set(text) if c.isalpha() and c not in "ªºµ"}
+
+
+@lru_cache(maxsize=4096)
+def _script(letter: str) -> str:
+    return unicodedata.name(letter, "?").split(" ")[0]
 
 
 def duplicates(texts: Iterable[str | None]) -> dict[str, object]:

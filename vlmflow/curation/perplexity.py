@@ -108,7 +108,7 @@ def _summary(sealed: Manifest, scratch: Any) -> dict[str, Any]:
             if r["error"] is None:
                 nll, tokens, scored = nll + r["nll"], tokens + r["tokens"], scored + 1
                 lowest, highest = min(lowest, r["ppl"]), max(highest, r["ppl"])
-    found = {"scored": scored, "tokens": tokens}
+    found: dict[str, Any] = {"scored": scored, "tokens": tokens}
     if scored:
         found |= {"lowest": lowest, "highest": highest, "corpus_ppl": significant(math.exp(nll / tokens))}
     return found
