@@ -36,6 +36,10 @@ from vlmflow.curation.textnorm import normal, supported, tokens, vocabulary
         ("click to enlarge", "the word lamp.", "the word lamp."),
         ("a sign that says house - stock photo", "the word house.", "a sign that says house."),
         ("7", "a handwritten digit 7", "a handwritten digit 7."),
+        # numbers that count or name something else are facts of their own
+        ("a handwritten 8.", "a scan of the digit 4.", "a scan of the digit 8."),
+        ("bar chart, model KBJ204/50b rev 3", "a plot with 3 bars.", "a chart with 3 bars, model KBJ204/50b rev 3."),
+        ("lot 1987", "a handwritten digit seven", "a handwritten digit seven, lot 1987."),
         # markup and loops
         ("Grandma&amp;#39;s <b>roast</b>, Leeds 1987", "A plate of meat.", "A plate of meat, Grandma's roast, Leeds 1987."),
         ("foo", "a cat a cat a cat a cat on the", "a cat, foo."),
@@ -55,6 +59,8 @@ def test_fuses(alt, synthetic, fused):
         ("A cat hd wallpaper", "A cat"), ("A cat - buy online", "A cat"), ("A cat no. 1 choice", "A cat"), ("A cat | home", "A cat"),
         ("A cat&nbsp;&amp;&nbsp;dog", "A cat & dog"), ("bar_chart.png", "bar chart"), ("Boeing-747-400.jpg", "Boeing 747 400"),
         ("KX-4471-B manual", "KX-4471-B manual"), ("a photo of home", "a photo of home"),
+        ("Amazon river at dawn", "Amazon river at dawn"), ("A cat | Amazon", "A cat"), ("A cat on Facebook", "A cat"),
+        ("floral wallpaper in a hall", "floral wallpaper in a hall"), ("Nikon P900", "Nikon P900"), ("P1040567.JPG", ""),
     ],
 )  # fmt: skip
 def test_what_is_left_of_an_alt_text(alt, left):
