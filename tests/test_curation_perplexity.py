@@ -1,8 +1,6 @@
 """Perplexity: the formula, rounding, failures counted, no dependence on grouping; the real model against one by one."""
 
 import math
-import sys
-from types import SimpleNamespace
 
 import pytest
 from curation_world import MODEL, FakeVLM, context, dataset, fake_nll, png, sample
@@ -17,11 +15,6 @@ from vlmflow.errors import DataError, StepFailed
 def vlm(monkeypatch):
     fake = FakeVLM()
     monkeypatch.setattr(perplexity.Lazy, "__call__", lambda self: fake)
-    if "vlmflow.models.inference" not in sys.modules:
-        module = SimpleNamespace(
-            Request=lambda **k: SimpleNamespace(**k), ScoreRequest=lambda **k: SimpleNamespace(**k)
-        )
-        monkeypatch.setitem(sys.modules, "vlmflow.models.inference", module)
     return fake
 
 

@@ -48,8 +48,7 @@ _BOILERPLATE = re.compile(
 _ALONE = words_of(
     "image images photo photos picture pic untitled logo banner icon advertisement ad loading thumbnail home "
     "null none undefined unknown img default alt text title screenshot scan video cover avatar header slide "
-    "background "
-    + _FAMOUS.replace("|", " ")
+    "background " + _FAMOUS.replace("|", " ")
 )  # one of these as the whole alt text says nothing about the picture
 _SEPARATOR = re.compile(r"\s+[|–—·•»~-]+\s+|\s*[|·•»]\s*")
 

@@ -79,7 +79,8 @@ class Lazy:
     """A model that is fetched and loaded when the first sample needs it: a finished step loads nothing."""
 
     def __init__(self, ctx: Context, model: ModelRef) -> None:
-        self._ctx, self._model, self._lock, self._vlm = ctx, model, Lock(), None
+        self._ctx, self._model, self._lock = ctx, model, Lock()
+        self._vlm: Any = None
 
     def __call__(self) -> Any:
         with self._lock:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from vlmflow.curation.alt_text import clean_alt, unescape
-from vlmflow.curation.textnorm import supported, tokens, vocabulary
-from vlmflow.curation.word_lists import FUNCTION_WORDS, GENERIC, MONTHS
+from vlmflow.curation.textnorm import Token, supported, tokens, vocabulary
+from vlmflow.curation.word_lists import FUNCTION_WORDS, GENERIC, MEDIA, MONTHS
 
 CODES = {
     "empty": "the answer holds no word",
@@ -30,6 +30,7 @@ CODES = {
     "name": "a capitalised word that neither source holds",
     "word": "a word that neither source holds (strict mode)",
     "copy": "one source word for word, though the other has more to say",
+    "ignored": "none of the telling words of the web description is left",
     "script": "a writing system that neither source uses",
 }
 
@@ -97,6 +98,7 @@ def problems(
         allowed = sources | {c.casefold() for c in connectors}
         note("word", [t for t in words if not supported(t, allowed)])
     note("copy", _copies(text, alt, synthetic))
+    note("ignored", _ignores(words, clean_alt(alt)))
     note("script", _scripts(text) - _scripts(both))
     return found
 
@@ -131,6 +133,12 @@ def _copies(text: str, alt: str, synthetic: str) -> bool:
             if extra:
                 return True
     return False
+
+
+def _ignores(words: list[Token], source: str) -> bool:
+    """Whether `source` has two telling words (content, no number, not generic) or more, and none is among `words`."""
+    telling = {t.norm for t in tokens(source) if t.content and t.kind == "word"} - GENERIC - MEDIA
+    return len(telling) > 1 and not telling & {t.norm for t in words}
 
 
 def _scripts(text: str) -> set[str]:

@@ -144,6 +144,8 @@ def _modified(base: list[Token], run: list[Token], target: Token) -> int | None:
         return None
     for i, t in enumerate(base):
         if t.text.casefold() == target.text.casefold() and not t.lead:
+            if target.kind == "number" and i and base[i - 1].norm in LABELLED and run[0].norm in INSCRIBED:
+                i -= 1  # a handwritten digit 8, not a digit handwritten 8
             before = base[i - 1] if i else None
             return None if before is not None and (before.stop or before.kind == "number") else i
     return None
