@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.caption import Lazy
-from vlmflow.curation.inputs import check_own_failures, pictures, text_of, windows
+from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures, text_of
 from vlmflow.curation.prompts import scoring_prompt
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError
@@ -44,10 +44,10 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef) -> Manifest:
     vlm = Lazy(ctx, model)
 
     def compute(reader: ShardReader, upstream: dict[str, dict[str, Row]]) -> Iterator[Row]:
-        for window in windows(reader.keys()):
+        for window in picture_windows(reader):
             ready: list[tuple[str, list[Any], str]] = []
-            for key in window:
-                sample = reader.read(key)
+            for sample in window:
+                key = sample.key
                 text, missing = text_of(spec.text, key, sample.meta, upstream)
                 if missing:
                     yield {"key": key, "error": missing}
