@@ -205,3 +205,16 @@ def test_tuning_asks_in_the_words_of_the_evaluation(served):
 
         prompts = {shape(build(question, kind)) for question in rows}
         assert prompts <= {shape(prompt) for prompt in asked}, name
+
+
+def test_a_client_that_hangs_up_does_not_spoil_the_screen(served, capfd):
+    import socket
+    import struct
+
+    host, port = served.base_url.removeprefix("http://").split(":")
+    for request in (b"", b"GET /images/none.png HTTP/1.1\r\nHost: x\r\n\r\n"):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(request)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    get(table(served, "seed")[0]["url"])
+    assert capfd.readouterr().err == ""

@@ -46,6 +46,7 @@ tbody tr:last-child td{border-bottom:0}
 td small,.small{color:var(--dim);font-size:12px}
 .big{font-size:15px;font-weight:600}
 .nowrap{white-space:nowrap}
+table.facts{width:auto;min-width:50%}table.facts th{white-space:nowrap;padding-right:28px;border-bottom:1px solid var(--faint)}
 table.samples td{min-width:110px;max-width:230px;overflow-wrap:anywhere}
 table.samples td:first-child{min-width:0}
 img.thumb{display:block;max-width:150px;max-height:84px;border:1px solid var(--edge);border-radius:4px;background:#fff}
