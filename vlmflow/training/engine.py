@@ -127,6 +127,7 @@ def join(rendezvous: str, rank: int, world: int) -> torch.device:
     Args:
         rendezvous: ``env://`` (torchrun's variables) or ``file://`` on one machine.
     """
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
