@@ -333,7 +333,7 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
             pixels = torch.cat([block for block in blocks for _ in range(expand_size)])
         expand: Callable[..., Any] = GenerationMixin._expand_inputs_for_generation
         input_ids, model_kwargs = expand(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+            self, expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         if pixels is not None:
             model_kwargs["pixel_values"] = pixels
