@@ -17,7 +17,6 @@ def report(
     ocr: Input[Model],
     align: Input[Model],
     candidates: Input[list[Model]],
-    model: Input[Model],
     scores: Input[list[Artifact]],
     soup: Input[Artifact],
     registered: Input[Artifact],
@@ -29,7 +28,7 @@ def report(
     from vlmflow.step import open_step
 
     with open_step("report", recipe.path) as ctx:
-        models = ports.get_models(untrained=untrained, bootstrap=bootstrap, ocr=ocr, align=align, chosen=model)
+        models = ports.get_models(untrained=untrained, bootstrap=bootstrap, ocr=ocr, align=align)
         models |= ports.get_candidates(ctx, candidates)
         datasets = ports.get_manifests(seed=seed, web=web, sft=sft)
-        ports.put_report(ctx, datasets, models, scores, soup, registered, exported, page)
+        ports.put_report(ctx, datasets, models, ports.get_scores(ctx, scores), soup, registered, exported, page)

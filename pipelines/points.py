@@ -88,9 +88,10 @@ def points(recipe: str, overrides: list = [], soup_choice: str = "recipe", evalu
         scores = once(evaluate(recipe=resolved, group=group))
     table = partial(dsl.Collected, scores.outputs["scores"])
 
-    final = {"model": soups.outputs["model"], "soup": soups.outputs["result"], **data}
-    version = once(register(recipe=resolved, scores=table(), **final))
-    directory = once(export(recipe=resolved, scores=table(), **final))
+    final = {"soup": soups.outputs["result"], **data}
+    chosen = soups.outputs["model"]
+    version = once(register(recipe=resolved, model=chosen, scores=table(), **final))
+    directory = once(export(recipe=resolved, model=chosen, scores=table(), **final))
     once(
         report(
             recipe=resolved,

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 
+from vlmflow.errors import DataError
+
 
 @dataclass
 class Request:
@@ -29,9 +31,16 @@ class FakeVLM:
 
     def __init__(self, folder: Path, answer: Callable[[Path, Request], str], log: list[dict[str, Any]]) -> None:
         self.folder, self.answer, self.log = folder, answer, log
+        self.model = types.SimpleNamespace(config=types.SimpleNamespace(max_tiles=4))
 
-    def generate(self, requests: list[Request], max_new_tokens: int, batch: int, **options: Any) -> list[Generation]:
-        self.log.append({"n": len(requests), "max_new_tokens": max_new_tokens, "batch": batch, **options})
+    def generate(
+        self, requests: list[Request], max_new_tokens: int, batch: int, progress: Callable[[int], Any] | None = None
+    ) -> list[Generation]:
+        tiles = self.model.config.max_tiles
+        self.log.append({"n": len(requests), "max_new_tokens": max_new_tokens, "batch": batch, "max_tiles": tiles})
+        for i, request in enumerate(requests):
+            if "<image>" in request.prompt:
+                raise DataError(f"request {i} spells an image token")
         return [Generation(self.answer(self.folder, r)) for r in requests]
 
 

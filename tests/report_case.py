@@ -57,14 +57,22 @@ def web(ctx, n=160, evil=EVIL):
     for i in range(n):
         key, planted = f"web-{i:05d}", i % 8 == 3
         word = ("apple", "river", "7", "stone")[i % 4]
-        text = f"serial no. {rng.randrange(10**5)}-QX" if planted else evil if i == 2 else f"a sign that says {word} | shop"
+        text = (
+            f"serial no. {rng.randrange(10**5)}-QX"
+            if planted
+            else evil
+            if i == 2
+            else f"a sign that says {word} | shop"
+        )
         samples.append(sample(key, picture(word), source="web", text=text, extra={"planted": planted, "kind": "word"}))
         ppl = math.exp(rng.gauss(4.2 if planted else 2.1, 0.45))
         failed = i == 9
-        layers["ocr"][key] = {"key": key, "text": evil if i == 2 else word, "lines": [], "score": 0.9}
+        layers["ocr"][key] = {"key": key, "text": evil if i % 4 == 2 else word, "lines": [], "score": 0.9}
         layers["synthetic"][key] = {"key": key, "text": f"the word {word}.", "finish": "stop"}
         layers["fused"][key] = {"key": key, "text": f"a sign with the word {word}.", "engine": "rules", "problems": []}
-        layers["ppl"][key] = {"key": key, "error": "no tokens"} if failed else {"key": key, "ppl": ppl, "nll": 1.0, "tokens": 5}
+        layers["ppl"][key] = (
+            {"key": key, "error": "no tokens"} if failed else {"key": key, "ppl": ppl, "nll": 1.0, "tokens": 5}
+        )
     order = sorted((k for k, r in layers["ppl"].items() if not r.get("error")), key=lambda k: layers["ppl"][k]["ppl"])
     kept = order[: round(0.2 * len(order))]
     threshold = layers["ppl"][kept[-1]]["ppl"]
@@ -72,7 +80,12 @@ def web(ctx, n=160, evil=EVIL):
         rank = order.index(key) if key in order else None
         reason = "not scored: no tokens" if rank is None else f"ppl {'<=' if key in kept else '>'} {threshold:.4g}"
         layers["keep"][key] = {"key": key, "keep": key in kept, "reason": reason, "rank": rank}
-    pulled = {"rows": n + 9, "samples": n, "failed": 9, "failed_by_reason": {"http_404": 4, "not_an_image": 3, "truncated": 2}}
+    pulled = {
+        "rows": n + 9,
+        "samples": n,
+        "failed": 9,
+        "failed_by_reason": {"http_404": 4, "not_an_image": 3, "truncated": 2},
+    }
     manifest = dataset(ctx, "web", samples, "web", pulled)
     summaries = {"keep": {"threshold": threshold, "kept": len(kept), "total": n}}
     for name, schema in LAYERS.items():
@@ -95,15 +108,24 @@ def model(ctx, name, stage="", parents=(), log=True):
             lines.append(json.dumps({"step": step, "loss": loss, "lr": {"projector": rate, "language": rate / 2},
                                      "tokens_per_second": 5200.5, "grad_norm": 1.25, "data_wait": 0.03}))  # fmt: skip
         storage.write_bytes(log_uri, "\n".join(lines).encode())
-        rows = [{"module": "vision.ocr", "parameters": 812544, "tensors": 66, "trainable": False, "lr": None, "note": ""},
-                {"module": "projector", "parameters": 135552, "tensors": 4, "trainable": True, "lr": 0.001, "note": ""},
-                {"module": "language", "parameters": 1893184, "tensors": 38, "trainable": True, "lr": 0.0005, "note": ""}]
+        rows = [
+            {"module": "vision.ocr", "parameters": 812544, "tensors": 66, "trainable": False, "lr": None, "note": ""},
+            {"module": "projector", "parameters": 135552, "tensors": 4, "trainable": True, "lr": 0.001, "note": ""},
+            {"module": "language", "parameters": 1893184, "tensors": 38, "trainable": True, "lr": 0.0005, "note": ""},
+        ]
         plan = {"steps": 90, "packs": 180, "tokens": 151234, "targets": 20123, "fill_tokens": 0.93}
-        examples = {"examples": 900, "filtered": 0, "failed": 1, "reasons": [{"count": 1, "reason": EVIL, "example": "base-00004"}]}
+        examples = {
+            "examples": 900,
+            "filtered": 0,
+            "failed": 1,
+            "reasons": [{"count": 1, "reason": EVIL, "example": "base-00004"}],
+        }
         table = {"rows": rows, "trainable": 2028736, "total": 2841280, "plan": plan, "examples": examples}
         storage.write_json(storage.join(uri, "trainable.json"), table)
     files = [FileRef(path="model.safetensors", sha256=sha, bytes=11_400_000)]
-    made = ModelLineage(step="train", stage=stage, parents=list(parents), ancestor=sha256_bytes(b"align"), log_uri=log_uri)
+    made = ModelLineage(
+        step="train", stage=stage, parents=list(parents), ancestor=sha256_bytes(b"align"), log_uri=log_uri
+    )
     return ModelRef(name=name, uri=uri, files=files, weights_sha256=sha, lineage=made)
 
 
@@ -132,7 +154,12 @@ def scores(ctx, name, shares, split="report", sha=None):
                             "interval": [max(0, share - half), min(1, share + half)], "kind": kinds[benchmark],
                             "table_sha256": "0" * 64, "split_by": "column", "categories": {},
                             "predictions": predictions(ctx, name, benchmark)}  # fmt: skip
-    return {"model_sha": sha or sha256_bytes(name.encode()), "split": split, "benchmarks": found, "mean": sum(shares) / 4}
+    return {
+        "model_sha": sha or sha256_bytes(name.encode()),
+        "split": split,
+        "benchmarks": found,
+        "mean": sum(shares) / 4,
+    }
 
 
 def context(tmp_path):

@@ -1,8 +1,6 @@
 """Captions by a local model and by an endpoint: one row a sample, failures named, nothing done twice."""
 
 import json
-import sys
-from types import SimpleNamespace
 
 import pytest
 from curation_world import MODEL, FakeVLM, chat, context, dataset, png, sample, serving
@@ -16,11 +14,6 @@ from vlmflow.errors import RecipeError, StepFailed
 def vlm(monkeypatch):
     fake = FakeVLM()
     monkeypatch.setattr(caption.Lazy, "__call__", lambda self: fake)
-    if "vlmflow.models.inference" not in sys.modules:
-        module = SimpleNamespace(
-            Request=lambda **k: SimpleNamespace(**k), ScoreRequest=lambda **k: SimpleNamespace(**k)
-        )
-        monkeypatch.setitem(sys.modules, "vlmflow.models.inference", module)
     return fake
 
 

@@ -78,7 +78,8 @@ def test_dead_server(monkeypatch):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(
-        ServiceError, match=r"TEST_URL names does not answer: Connection refused, 3 attempts.*run the same command again"
+        ServiceError,
+        match=r"TEST_URL names does not answer: Connection refused, 3 attempts.*run the same command again",
     ) as e:
         ask(monkeypatch, f"http://127.0.0.1:{port}/v1")
     assert str(port) not in str(e.value)

@@ -1,10 +1,9 @@
 """The fuse step: engines, checks, one retry, fallback; every sample accounted for."""
 
 import re
-import sys
-from types import SimpleNamespace
 
 import pytest
+from aiohttp import web
 from curation_world import MODEL, FakeVLM, chat, context, dataset, png, sample, serving
 
 from vlmflow.curation import caption, fuse
@@ -18,10 +17,6 @@ ALTS = ["crimson tile, lot KX-1-B", "IMG_0001.jpg", None, "tile from Leeds", "a 
 @pytest.fixture
 def captioned(tmp_path, monkeypatch):
     monkeypatch.setattr(caption.Lazy, "__call__", lambda self: FakeVLM())
-    if "vlmflow.models.inference" not in sys.modules:
-        monkeypatch.setitem(
-            sys.modules, "vlmflow.models.inference", SimpleNamespace(Request=lambda **k: SimpleNamespace(**k))
-        )
     samples = [sample(f"k{i}", alt, png(10 + i)) for i, alt in enumerate(ALTS)] + [sample("k6", "no picture", None)]
     return caption.run(context(tmp_path, caption={"failure_limit": 0.5}), dataset(tmp_path / "d", samples), MODEL)
 
@@ -32,12 +27,11 @@ def test_rules_engine_says_so_and_accounts_for_every_sample(tmp_path, captioned)
     assert rows["k0"]["text"] == "a red 10 square, crimson tile, lot KX-1-B." and rows["k0"]["engine"] == "rules"
     assert rows["k1"] == rows["k1"] | {"text": "a red 11 square.", "engine": "none", "problems": ["alt_empty"]}
     assert rows["k2"]["text"] == "a red 12 square." and rows["k2"]["problems"] == ["alt_empty"]
-    assert rows["k5"]["text"] == "Anna's square, a red 15 square." or "Anna's" in rows["k5"]["text"]
+    assert rows["k5"]["text"] == "a red 15 square, Anna's square."
     assert rows["k6"]["error"] == "upstream: synthetic: no image" and rows["k6"]["problems"] == ["no_synthetic"]
     summary = sealed.layers["fused"].summary
-    assert summary["engines"] == {"failed": 1, "none": 2, "rules": 4} and summary["failures"] == {
-        "upstream: synthetic: no image": 1
-    }
+    assert summary["engines"] == {"failed": 1, "none": 2, "rules": 4}
+    assert summary["failures"] == [["upstream: synthetic: no image", 1]]
     assert fuse.run(context(tmp_path), captioned).digest == sealed.digest
 
 
@@ -127,3 +121,19 @@ def quick(init):
         init(self, *args, **settings | {"backoff": 0.001})
 
     return wrapped
+
+
+def test_a_server_that_dies_half_way_costs_only_what_was_not_finished(tmp_path, captioned, monkeypatch):
+    monkeypatch.setattr(fuse.openai_client.Endpoint, "__init__", quick(fuse.openai_client.Endpoint.__init__))
+
+    def dies(body, n):
+        return web.json_response({}, status=401) if "Anna's" in body["messages"][0]["content"] else chat(merge(body))
+
+    with pytest.raises(ServiceError, match="refuses the key"):
+        run_openai(tmp_path, captioned, monkeypatch, dies, concurrency=1)
+    server, sealed = run_openai(tmp_path / "other", captioned, monkeypatch, lambda body, n: chat(merge(body)))
+    asked_whole = len(server.bodies)
+    server, again = run_openai(tmp_path, captioned, monkeypatch, lambda body, n: chat(merge(body)))
+    assert read_layer(again, "fused") == read_layer(sealed, "fused")
+    assert [p.sha256 for p in again.layers["fused"].parts] == [p.sha256 for p in sealed.layers["fused"].parts]
+    assert (asked_whole, len(server.bodies)) == (4, 2)  # the first shard's two are not asked for again

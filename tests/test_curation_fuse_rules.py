@@ -36,6 +36,10 @@ from vlmflow.curation.textnorm import normal, supported, tokens, vocabulary
         ("click to enlarge", "the word lamp.", "the word lamp."),
         ("a sign that says house - stock photo", "the word house.", "a sign that says house."),
         ("7", "a handwritten digit 7", "a handwritten digit 7."),
+        # numbers that count or name something else are facts of their own
+        ("a handwritten 8.", "a scan of the digit 4.", "a scan of the handwritten digit 8."),
+        ("bar chart, model KBJ204/50b rev 3", "a plot with 3 bars.", "a chart with 3 bars, model KBJ204/50b rev 3."),
+        ("lot 1987", "a handwritten digit seven", "a handwritten digit seven, lot 1987."),
         # markup and loops
         ("Grandma&amp;#39;s <b>roast</b>, Leeds 1987", "A plate of meat.", "A plate of meat, Grandma's roast, Leeds 1987."),
         ("foo", "a cat a cat a cat a cat on the", "a cat, foo."),
@@ -55,6 +59,8 @@ def test_fuses(alt, synthetic, fused):
         ("A cat hd wallpaper", "A cat"), ("A cat - buy online", "A cat"), ("A cat no. 1 choice", "A cat"), ("A cat | home", "A cat"),
         ("A cat&nbsp;&amp;&nbsp;dog", "A cat & dog"), ("bar_chart.png", "bar chart"), ("Boeing-747-400.jpg", "Boeing 747 400"),
         ("KX-4471-B manual", "KX-4471-B manual"), ("a photo of home", "a photo of home"),
+        ("Amazon river at dawn", "Amazon river at dawn"), ("A cat | Amazon", "A cat"), ("A cat on Facebook", "A cat"),
+        ("floral wallpaper in a hall", "floral wallpaper in a hall"), ("Nikon P900", "Nikon P900"), ("P1040567.JPG", ""),
     ],
 )  # fmt: skip
 def test_what_is_left_of_an_alt_text(alt, left):
@@ -137,17 +143,18 @@ CHECKED = ("the word HARBOR in blue, 1987", "a sign on a wall", )  # fmt: skip
         ("A sign on a wall with the word HARBOR in blue, 1987.", []),
         ("A blue sign says HARBOR, nineteen", ["truncated", "number"]),
         ("", ["empty"]),
-        ("I'm sorry, but I cannot help with this sign.", ["refusal"]),
+        ("I'm sorry, but I cannot help with this sign.", ["refusal", "ignored"]),
         ("Here is the merged sentence: a sign with the word HARBOR.", ["leak"]),
         ("The word HARBOR as in Sentence 1 is on a sign.", ["leak", "number", "name"]),
         ("A sign with the word HARBOR near Boston in blue.", ["name"]),
         ("A sign with the word HARBOR from 1988 in blue.", ["number"]),
         ("The word HARBOR in blue, 1987.", ["copy"]),
-        ("Sign.", ["short"]),
-        ("A sign on a wall, a sign on a wall, a sign on a wall, a sign on a wall.", ["repetition"]),
+        ("Sign.", ["short", "ignored"]),
+        ("A sign on a wall, a sign on a wall, a sign on a wall, a sign on a wall.", ["repetition", "ignored"]),
+        ("A wooden board with a sign.", ["ignored"]),
         ("A sign.\nOn a wall in blue.", ["many"]),
         ("A знак on a wall in blue.", ["script"]),
-        ("A sign " + "with very many nice words " * 0 + " ".join(f"{w}ly" for w in "abcdefghijklmnopqrstuvwxyzäöü") + ".", ["long"]),
+        ("HARBOR " + " ".join(f"{w}ly" for w in "abcdefghijklmnopqrstuvwxyzäöü") + ".", ["long"]),
     ],
 )  # fmt: skip
 def test_checks_name_what_is_wrong(text, codes):

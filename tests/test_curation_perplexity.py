@@ -1,14 +1,12 @@
 """Perplexity: the formula, rounding, failures counted, no dependence on grouping; the real model against one by one."""
 
 import math
-import sys
-from types import SimpleNamespace
 
 import pytest
 from curation_world import MODEL, FakeVLM, context, dataset, fake_nll, png, sample
 from PIL import Image
 
-from vlmflow.curation import perplexity
+from vlmflow.curation import inputs, perplexity
 from vlmflow.dataset.layer import read_layer
 from vlmflow.errors import DataError, StepFailed
 
@@ -17,11 +15,6 @@ from vlmflow.errors import DataError, StepFailed
 def vlm(monkeypatch):
     fake = FakeVLM()
     monkeypatch.setattr(perplexity.Lazy, "__call__", lambda self: fake)
-    if "vlmflow.models.inference" not in sys.modules:
-        module = SimpleNamespace(
-            Request=lambda **k: SimpleNamespace(**k), ScoreRequest=lambda **k: SimpleNamespace(**k)
-        )
-        monkeypatch.setitem(sys.modules, "vlmflow.models.inference", module)
     return fake
 
 
@@ -53,7 +46,7 @@ def test_equals_the_formula_and_names_what_failed(tmp_path, vlm):
     assert rows["z1"]["error"] == "upstream: the sample has no alt text"
     assert rows["z2"]["error"].startswith("the model gives the text no probability")
     summary = sealed.layers["ppl"].summary
-    assert summary["scored"] == 10 and sum(summary["failures"].values()) == 4
+    assert summary["scored"] == 10 and sum(n for _, n in summary["failures"]) == 4
     assert vlm.calls[0][2] == 99
 
 
@@ -102,3 +95,11 @@ def test_values_without_a_perplexity(nll, tokens, error):
 def test_rounding_swallows_what_packing_changes():
     value = 12.345678
     assert perplexity.significant(value) == perplexity.significant(value * (1 + 1e-6)) == 12.346
+
+
+def test_pictures_in_memory_together_are_bounded(monkeypatch):
+    monkeypatch.setattr(inputs, "PIXELS", 100)
+    samples = [sample(f"k{i}", "t", png(i)) for i in range(5)]  # 48 pixels each
+    samples[2].meta["images"][0]["width"] = 1000
+    assert [[s.key for s in w] for w in inputs.picture_windows(samples)] == [["k0", "k1"], ["k2"], ["k3", "k4"]]
+    assert [len(w) for w in inputs.windows(range(10), 4)] == [4, 4, 2]

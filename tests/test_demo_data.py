@@ -187,3 +187,34 @@ def test_a_taken_port_is_replaced_remembered_and_given_as_overrides(tmp_path):
             assert table(mine, "base")[0]["url"].startswith(mine.base_url + "/")
     with demo.serve(tmp_path / "mine", tiny) as again:
         assert again.base_url == mine.base_url
+
+
+def test_tuning_asks_in_the_words_of_the_evaluation(served):
+    from vlmflow.evaluation.prompts import build
+    from vlmflow.evaluation.tsv import Table
+
+    asked = [row["conversations"][0]["value"].removeprefix("<image>\n") for row in table(served, "base")]
+    kinds = {"digits": "reading", "words": "reading", "mcq": "multiple_choice", "yesno": "yes_no"}
+    for name, kind in kinds.items():
+        rows = Table(served.path(f"benchmarks/{name}.tsv"), kind)
+        assert rows.images(rows[0])[0].height == 56
+
+        def shape(prompt):  # the frame of a prompt, without the digits and words asked about
+            frame = [word for word in prompt.split() if word.strip("?") not in {*wording.VOCABULARY, *"0123456789"}]
+            return " ".join(frame)
+
+        prompts = {shape(build(question, kind)) for question in rows}
+        assert prompts <= {shape(prompt) for prompt in asked}, name
+
+
+def test_a_client_that_hangs_up_does_not_spoil_the_screen(served, capfd):
+    import socket
+    import struct
+
+    host, port = served.base_url.removeprefix("http://").split(":")
+    for request in (b"", b"GET /images/none.png HTTP/1.1\r\nHost: x\r\n\r\n"):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(request)
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    get(table(served, "seed")[0]["url"])
+    assert capfd.readouterr().err == ""

@@ -23,7 +23,11 @@ ANIMALS = {"A": "cat", "B": "dog", "C": "hot dog", "D": "bird"}
         ("C because the sausage lies in a bun and there is mustard on it", "C"), ("A because of the whiskers", "A"),
         ("dog", "B"), ("Dog.", "B"), ("hot dog", "C"), ("It is a hot dog", "C"), ("a dog", "B"), ("The answer is a dog", "B"),
         ("The answer is a dog, not seen before", None), ("I see a cat", "A"), ("A cat", "A"), ("A dog", "B"),
-        ("<think>A or B? Maybe C.</think>\nB", "B"),
+        ("<think>A or B? Maybe C.</think>\nB", "B"), ("B\n\nA. no, B. yes, C. no, D. no", "B"), ("It's B", "B"), ("It is B.", "B"),
+        ("B\n\nThe image shows a dog, not a cat (A) or a bird (D).", "B"), ("B是正确的", "B"), ("\\(\\boxed{\\mathrm{B}}\\)", "B"),
+        ("The cat is on the left so D", None), ("The dog, B", "B"), ("It's a dog", "B"), ("\n**B. dog**\nnot A. cat", "B"),
+        ("<think>cut before", None), ("this is a dog", "B"), ("It is a, b or c", None),
+        ("The answer is A or B", None), ("The answer is (A) and (B)", None), ("The answer is B, a dog", "B"), ("选A或B", None),
         # nothing to read, or more than one answer
         ("", None), ("   ", None), ("hotdog", None), ("I do not know", None), ("E", None), ("B or C", None), ("A and B", None),
         ("a cat or a dog", None), ("A. cat B. dog C. hot dog D. bird", None), ("It is not a dog", None), ("neither", None),

@@ -22,8 +22,8 @@ from vlmflow.recipe.results import BenchmarkSpec, EvaluationSpec
 from vlmflow.step import Context
 
 
-def shade(value: int) -> Image.Image:
-    return Image.new("RGB", (8, 8), (value, 0, 0))
+def shade(value: int, copy: int = 0) -> Image.Image:
+    return Image.new("RGB", (8, 8), (value, copy, 0))
 
 
 def answer(folder: Path, request: Request) -> str:
@@ -37,7 +37,7 @@ def answer(folder: Path, request: Request) -> str:
 
 @pytest.fixture
 def ctx(tmp_path: Path) -> Context:
-    digits = [{"index": i, "question": "Read.", "answer": str(i % 10), "image": shade(i % 10)} for i in range(60)]
+    digits = [{"index": i, "question": "Read.", "answer": str(i % 10), "image": shade(i % 10, i)} for i in range(60)]
     choice = [
         {"index": i, "question": "Which?", "A": "x", "B": "y", "C": "z" if i % 2 else "", "answer": "AB"[i % 4 > 0],
          "image": shade(i), "category": f"c{i % 2}", "split": "selection" if i < 8 else "report"}
@@ -78,12 +78,13 @@ def test_scores(ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert digits.accuracy == 1.0 and digits.parsed == 1.0 and digits.chance == pytest.approx(0.1)
     assert choice.n == 16 and choice.accuracy == pytest.approx(12 / 16) and choice.split_by == "column"
     assert choice.chance == pytest.approx((1 / 2 + 1 / 3) / 2) and choice.categories == {"c0": (0.5, 8), "c1": (1.0, 8)}
+    assert (yes.majority, choice.majority) == (1.0, 12 / 16)  # always "yes" would be right here: chance alone flatters
     assert yes.chance == 0.5 and yes.accuracy == yes.parsed < 1 and yes.split_by == "hash"
     assert scores.mean == pytest.approx((digits.accuracy + choice.accuracy + yes.accuracy) / 3)
     assert choice.interval[0] < choice.accuracy < choice.interval[1]
     asked = [e for e in log if "n" in e]
     assert {e["max_new_tokens"] for e in asked} == {3, 32}
-    assert {e.get("max_tiles") for e in asked} == {12, None} and all(e["n"] <= 16 and e["batch"] == 2 for e in asked)
+    assert {e["max_tiles"] for e in asked} == {12, 4} and all(e["n"] <= 16 and e["batch"] == 2 for e in asked)
     scores.save(tmp_path / "s.json")
     assert Scores.load(tmp_path / "s.json") == scores
 
@@ -166,6 +167,23 @@ def test_a_broken_image_is_counted_and_named(ctx: Context, tmp_path: Path, monke
     write_table(tmp_path / "digits.tsv", rows)
     with pytest.raises(DataError, match="none of its 4 questions"):
         run(ctx, model(ctx, tmp_path), "report")
+
+
+def test_a_question_the_model_refuses_costs_no_other(
+    ctx: Context, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = install(monkeypatch, answer)
+    rows = [
+        {"index": i, "question": "Read." if i != 4 else "Read <image>.", "answer": str(i), "image": shade(i),
+         "split": ["report", "selection"][i % 2]}
+        for i in range(8)
+    ]  # fmt: skip
+    write_table(tmp_path / "digits.tsv", rows)
+    score = run(ctx, model(ctx, tmp_path), "report").benchmarks["digits"]
+    assert (score.n, score.errors, score.accuracy) == (4, 1, 0.75)
+    found = pq.read_table(score.predictions).to_pylist()
+    assert [r["reply"] for r in found] == ["0", "2", "", "6"]
+    assert "refuses" in found[2]["error"] and [e["n"] for e in log if e.get("max_new_tokens") == 3] == [4, 1, 1, 1, 1]
 
 
 def test_splits_are_disjoint_whole_and_stable() -> None:

@@ -15,7 +15,8 @@ from PIL import Image
 
 from vlmflow.errors import DataError, NotFound, Unreachable
 from vlmflow.evaluation import prompts, table_file
-from vlmflow.evaluation.tsv import Question, Table, encode_image, write_table
+from vlmflow.evaluation.pictures import encode_image
+from vlmflow.evaluation.tsv import Question, Table, write_table
 
 
 def picture(shade: int) -> Image.Image:
@@ -47,6 +48,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert [q.group for q in table] == ["1", "1", "3"]
     assert table.images(table[1])[0].getpixel((0, 0)) == (10, 0, 245)  # the image of row 1
     assert [i.getpixel((0, 0))[0] for i in table.images(table[2])] == [20, 30]
+
+
+def test_equal_copies_of_an_image_belong_together(tmp_path: Path) -> None:
+    images = [picture(1), picture(2), picture(1), "b", [picture(2), picture(3)]]
+    rows = [{"index": i, "question": "?", "answer": "x", "image": m} for i, m in zip("abcde", images, strict=True)]
+    write_table(tmp_path / "t.tsv", rows)
+    assert [q.group for q in Table(tmp_path / "t.tsv", "reading")] == ["a", "b", "a", "b", "b"]
 
 
 def test_equal_rows_equal_bytes(tmp_path: Path) -> None:
@@ -111,6 +119,9 @@ def test_broken_files(tmp_path: Path) -> None:
     path.write_text("index\tquestion\tanswer\n1\ta\tb\tc\n")
     with pytest.raises(DataError, match=r"row '1'.*4 cells.*3 columns"):
         Table(path, "reading")
+    path.write_text('index\tquestion\tanswer\n1\t"open\tb\n2\tc\td\n')
+    with pytest.raises(DataError, match=r"line 3: not a tab-separated table.*quote"):
+        Table(path, "reading")
     path.write_bytes(b"index\tquestion\tanswer\n1\t\xff\tb\n")
     with pytest.raises(DataError, match="line 2 is not UTF-8"):
         Table(path, "reading")
@@ -135,7 +146,7 @@ def test_images_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 def test_enormous_image_is_not_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vlmflow.evaluation.tsv.MAX_PIXELS", 60)
+    monkeypatch.setattr("vlmflow.evaluation.pictures.MAX_PIXELS", 60)
     write_table(tmp_path / "t.tsv", [row()])
     table = Table(tmp_path / "t.tsv", "multiple_choice")
     with pytest.raises(DataError, match="9 x 7 = 63 pixels; at most 60"):

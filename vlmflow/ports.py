@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 DATASETS = ("seed", "web", "sft")  # what the points pipeline carries
 STAGES = ("ocr", "align", "sft")
-SOUPS = ("maximum", "average", "greedy")
+SOUPS = ("soup-maximum", "soup-average", "soup-greedy")
 
 
 class Port(Protocol):
@@ -215,18 +215,21 @@ def lineup(
 ) -> list[dict[str, str]]:
     """Models to evaluate as name -> URI of the model folder, dealt into at most `evaluators` groups.
 
-    A soup of one candidate has that candidate's weights: both names get a row, the evaluation finds the finished
-    result by digest.
+    A soup of one candidate has that candidate's weights: both names get a row and share a group, where the second is
+    answered from the first's finished scores.
     """
     models = {"untrained": get_model(untrained)}
     if ctx.recipe.bootstrap:
         models["bootstrap"] = get_model(bootstrap)
     models |= get_candidates(ctx, candidates)
-    models |= {name: entry.ref for name, entry in get_soup(soup).soups.items()}
-    count = max(1, min(int(evaluators), len(models)))
+    models |= {f"soup-{name}": entry.ref for name, entry in get_soup(soup).soups.items()}
+    alike: dict[str, dict[str, str]] = {}
+    for name, ref in models.items():
+        alike.setdefault(ref.weights_sha256, {})[name] = ref.uri
+    count = max(1, min(int(evaluators), len(alike)))
     groups: list[dict[str, str]] = [{} for _ in range(count)]
-    for index, (name, ref) in enumerate(models.items()):
-        groups[index % count][name] = ref.uri
+    for index, members in enumerate(alike.values()):
+        groups[index % count] |= members
     return groups
 
 
@@ -273,3 +276,36 @@ def put_object(obj: Any, out: Port, page: Port, metrics: Port, title: str) -> No
     write_object(obj, out.path)
     values = json.loads(Path(out.path).read_text(encoding="utf-8"))
     show(title, {k: v for k, v in values.items() if not isinstance(v, list)}, page, metrics)
+
+
+def put_report(
+    ctx: Context,
+    datasets: dict[str, Manifest],
+    models: dict[str, ModelRef],
+    scores: dict[str, Scores],
+    soup: Port,
+    registered: Port,
+    exported: Port,
+    page: Port,
+) -> None:
+    """Write the report page, and `report.html` and `summary.json` of the run to the store for whoever started it."""
+    from vlmflow.report import run
+
+    results = {
+        name: storage.read_json(port.path) for name, port in (("registered", registered), ("exported", exported))
+    }
+    searched = get_soup(soup)
+    inputs = run.ReportInputs(datasets=datasets, models=models, scores=scores, soup=searched, **results)
+    text = run.run(ctx, inputs)
+    Path(page.path).parent.mkdir(parents=True, exist_ok=True)
+    Path(page.path).write_text(text, encoding="utf-8")
+    folder = storage.join(ctx.root, "runs", ctx.run_id)
+    summary = {
+        "scores": {n: {b: r.accuracy for b, r in s.benchmarks.items()} | {"mean": s.mean} for n, s in scores.items()},
+        "chance": {b: r.chance for s in list(scores.values())[:1] for b, r in s.benchmarks.items()},
+        "chosen": searched.chosen,
+        "registered": {key: results["registered"].get(key) for key in ("name", "version", "url")},
+        "exported": {key: results["exported"].get(key) for key in ("uri",)},
+    }
+    storage.write_bytes(storage.join(folder, "report.html"), text.encode())
+    storage.write_json(storage.join(folder, "summary.json"), summary)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
+from functools import lru_cache
 
 from vlmflow.curation.word_lists import words_of
 
@@ -27,24 +28,27 @@ _URL = re.compile(
 )
 _TAG = re.compile(r"<[^<>]{0,200}>")
 _COPY_NUMBER = re.compile(r"\(\s*\d{1,3}\s*\)")
-_SITES = "shutterstock|getty ?images|istock(?:photo)?|alamy|dreamstime|depositphotos|123rf|adobe stock|flickr|pinterest|" \
-    "instagram|facebook|twitter|youtube|tumblr|etsy|ebay|amazon|aliexpress|wikipedia|wikimedia(?: commons)?|imgur|reddit"  # fmt: skip
+_SITES = (
+    "shutterstock|getty ?images|istock(?:photo)?|alamy|dreamstime|depositphotos|123rf|adobe stock|flickr|pinterest|tumblr|"
+    "etsy|ebay|aliexpress|wikimedia(?: commons)?|imgur"
+)
+_FAMOUS = "instagram|facebook|twitter|youtube|reddit|amazon|wikipedia"  # may be what the picture shows
 _BOILERPLATE = re.compile(
     r"\b(?:(?:royalty[- ]free|free)? ?stock (?:photos?|images?|vectors?|illustrations?|footage)|royalty[- ]free|"
     r"click (?:here )?(?:to|for) (?:enlarge|zoom|view|see)(?: (?:the )?(?:full )?(?:image|photo|picture|size))?|"
     r"click (?:to|for) (?:a )?larger(?: (?:image|view))?|click here|"
     r"(?:this )?image may contain:?(?: [\w ,]+)?|may be an image of|no (?:photo )?description available|"
-    r"(?:hd|4k|desktop|mobile|free|iphone) wallpapers?|wallpapers?|image gallery|photo gallery|thumbnails?|"
+    r"(?:hd|4k|desktop|mobile|free|iphone) wallpapers?|image gallery|photo gallery|thumbnails?|"
     r"(?:free|fast) shipping|buy (?:it )?(?:online|now)|add to (?:cart|basket)|shop now|for sale|best price|on sale|"
-    r"(?:no\.? ?|number ?|#)1 choice|read more|learn more|see more|view (?:larger|full size|all)|download(?: now| free)?|"
-    r"loading(?:\.{2,}|…)?|all rights reserved|copyright|watermark(?:ed)?|photo credit:?|image credit:?|courtesy of|"
-    rf"(?:(?:via|on|from|by|at) )?(?:{_SITES})|picture of product|product image|placeholder)(?!\w)|©|®|™",
+    r"(?:no\.? ?|number ?|#)1 choice|read more|learn more|see more|view (?:larger|full size|all)|free download|download (?:now|free|here)|"
+    r"loading(?:\.{2,}|…)|all rights reserved|copyright|watermark(?:ed)?|photo credit:?|image credit:?|courtesy of|"
+    rf"(?:(?:via|on|from|by|at) )?(?:{_SITES})|(?:via|on) (?:{_FAMOUS})|picture of product|product image|placeholder)(?!\w)|©|®|™",
     re.IGNORECASE,
 )
 _ALONE = words_of(
     "image images photo photos picture pic untitled logo banner icon advertisement ad loading thumbnail home "
     "null none undefined unknown img default alt text title screenshot scan video cover avatar header slide "
-    "background"
+    "background " + _FAMOUS.replace("|", " ")
 )  # one of these as the whole alt text says nothing about the picture
 _SEPARATOR = re.compile(r"\s+[|–—·•»~-]+\s+|\s*[|·•»]\s*")
 
@@ -57,6 +61,7 @@ def unescape(text: str) -> str:
     return " ".join(text.split())
 
 
+@lru_cache(maxsize=256)
 def clean_alt(text: str) -> str:
     """The part of a web alt text that may be about the picture; "" when nothing is left.
 

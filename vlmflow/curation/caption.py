@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation import openai_client
 from vlmflow.curation.checks import is_refusal
-from vlmflow.curation.inputs import check_own_failures, pictures, windows
+from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError, RecipeError
 
@@ -79,7 +79,8 @@ class Lazy:
     """A model that is fetched and loaded when the first sample needs it: a finished step loads nothing."""
 
     def __init__(self, ctx: Context, model: ModelRef) -> None:
-        self._ctx, self._model, self._lock, self._vlm = ctx, model, Lock(), None
+        self._ctx, self._model, self._lock = ctx, model, Lock()
+        self._vlm: Any = None
 
     def __call__(self) -> Any:
         with self._lock:
@@ -91,16 +92,16 @@ class Lazy:
 
 
 def _by_model(reader: ShardReader, vlm: Lazy, spec: Any) -> Iterator[dict[str, Any]]:
-    for window in windows(reader.keys()):
+    for window in picture_windows(reader):
         requests, asked = [], []
-        for key in window:
+        for sample in window:
             try:
-                images = pictures(reader.read(key))
+                images = pictures(sample)
             except DataError as error:
-                yield {"key": key, "error": str(error)}
+                yield {"key": sample.key, "error": str(error)}
                 continue
             requests.append({"images": images, "prompt": spec.prompt})
-            asked.append(key)
+            asked.append(sample.key)
         if not asked:
             continue
         from vlmflow.models.inference import Request

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vlmflow.curation.alt_text import clean_alt, unescape
-from vlmflow.curation.textnorm import supported, tokens, vocabulary
-from vlmflow.curation.word_lists import FUNCTION_WORDS, GENERIC, MONTHS
+from vlmflow.curation.textnorm import Token, supported, tokens, vocabulary
+from vlmflow.curation.word_lists import FUNCTION_WORDS, GENERIC, MEDIA, MONTHS
 
 CODES = {
     "empty": "the answer holds no word",
@@ -29,6 +30,7 @@ CODES = {
     "name": "a capitalised word that neither source holds",
     "word": "a word that neither source holds (strict mode)",
     "copy": "one source word for word, though the other has more to say",
+    "ignored": "none of the telling words of the web description is left",
     "script": "a writing system that neither source uses",
 }
 
@@ -96,6 +98,7 @@ def problems(
         allowed = sources | {c.casefold() for c in connectors}
         note("word", [t for t in words if not supported(t, allowed)])
     note("copy", _copies(text, alt, synthetic))
+    note("ignored", _ignores(words, clean_alt(alt)))
     note("script", _scripts(text) - _scripts(both))
     return found
 
@@ -106,7 +109,7 @@ def repetition(words: list[str], n: int = 3) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def _names(text: str, sources: set[str]) -> list[str]:
+def _names(text: str, sources: Set[str]) -> list[str]:
     """Capitalised words in the middle of a sentence that no source supports; months may stand for a number."""
     found, start = [], True
     for chunk in text.split():
@@ -132,8 +135,19 @@ def _copies(text: str, alt: str, synthetic: str) -> bool:
     return False
 
 
+def _ignores(words: list[Token], source: str) -> bool:
+    """Whether `source` has two telling words (content, no number, not generic) or more, and none is among `words`."""
+    telling = {t.norm for t in tokens(source) if t.content and t.kind == "word"} - GENERIC - MEDIA
+    return len(telling) > 1 and not telling & {t.norm for t in words}
+
+
 def _scripts(text: str) -> set[str]:
-    return {unicodedata.name(c, "?").split(" ")[0] for c in text if c.isalpha() and c not in "ªºµ"}
+    return {_script(c) for c in set(text) if c.isalpha() and c not in "ªºµ"}
+
+
+@lru_cache(maxsize=4096)
+def _script(letter: str) -> str:
+    return unicodedata.name(letter, "?").split(" ")[0]
 
 
 def duplicates(texts: Iterable[str | None]) -> dict[str, object]:

@@ -89,8 +89,9 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
 
 def _by_rules(key: str, alt: str, synthetic: str, fallback: str) -> Row:
     fused = fuse(alt, synthetic, MAX_WORDS)
-    # The rules take the alt text's side in a conflict, so a result equal to one source is a decision, not a lapse.
-    wrong = [c for c in problems(fused.text, alt, synthetic, strict=True, connectors=CONNECTORS) if c != "copy"]
+    # The rules take the alt text's side in a conflict, so a result that holds one source only is a decision, not a lapse.
+    found = problems(fused.text, alt, synthetic, strict=True, connectors=CONNECTORS)
+    wrong = [code for code in found if code not in ("copy", "ignored")]
     if wrong:
         return _fallback(key, alt, fallback, wrong, "checks failed: " + ", ".join(wrong))
     engine = "none" if "alt_empty" in fused.notes else "rules"

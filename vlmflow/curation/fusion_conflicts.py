@@ -10,7 +10,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from vlmflow.curation.textnorm import Token
-from vlmflow.curation.word_lists import COLOURS, GENERIC, LABELLED, MEDIA, PREPOSITIONS, TEXT_LABELS
+from vlmflow.curation.word_lists import COLOURS, GENERIC, INSCRIBED, LABELLED, MEDIA, PREPOSITIONS, TEXT_LABELS
 
 
 def alt_wins(base: list[Token], facts_of: list[Token]) -> list[Token]:
@@ -47,15 +47,12 @@ def _other_number(base: list[Token], i: int, facts_of: list[Token], known: set[s
     for j in plain:
         if facts_of[j].norm not in known and mine & _around(facts_of, j):
             return facts_of[j]
-    only = len(plain) == 1 and sum(t.kind == "number" for t in base) == 1
-    if only and facts_of[plain[0]].norm not in known:
-        j = plain[0]
-        short = not {t.norm for t in facts_of if t.content} - known - LABELLED - GENERIC - MEDIA - {facts_of[j].norm}
-        labelled = j > 0 and facts_of[j - 1].norm in LABELLED
-        counted = i + 1 < len(base) and base[i + 1].content
-        if (short or labelled) and not counted:
-            return facts_of[j]
-    return None
+    if (i + 1 < len(base) and base[i + 1].content) or sum(t.kind == "number" for t in base) != 1:
+        return None  # it counts something, or is one of several
+    labelled = [j for j in plain if j > 0 and facts_of[j - 1].norm in LABELLED | INSCRIBED]
+    beside = {t.norm for t in facts_of if t.content and t.kind != "number"} - known - LABELLED - GENERIC - MEDIA
+    shown = labelled if len(labelled) == 1 else plain if len(plain) == 1 and not beside else []
+    return facts_of[shown[0]] if shown and facts_of[shown[0]].norm not in known else None
 
 
 def _around(words: list[Token], i: int) -> set[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from vlmflow.curation.alt_text import clean_alt, unescape
 from vlmflow.curation.fusion_conflicts import alt_wins
 from vlmflow.curation.textnorm import Token, tokens
-from vlmflow.curation.word_lists import COLOURS, DETERMINERS, GENERIC, MEDIA, PREPOSITIONS
+from vlmflow.curation.word_lists import COLOURS, DETERMINERS, GENERIC, INSCRIBED, LABELLED, MEDIA, PREPOSITIONS
 
 CONNECTORS = frozenset({"a", "an", "the", "in", "of", "with", "and"})
 """The only words that a fused caption may hold though neither source does."""
@@ -111,7 +111,7 @@ def _blend(base: list[Token], facts_of: list[Token]) -> tuple[list[Token], list[
                 end += 1
             run = phrase[i:end]
             target = phrase[end] if end < len(phrase) else None
-            place = _modified(base, target) if target is not None and len(run) <= 3 else None
+            place = _modified(base, run, target) if target is not None else None
             if len(phrase) == 1 and run[0].norm in MEDIA:
                 base = _as_media(base, run[0])
             elif place is not None and not any(t.stop for t in run):
@@ -136,12 +136,16 @@ def _phrases(words: list[Token]) -> list[list[Token]]:
     return [p for p in out if p]
 
 
-def _modified(base: list[Token], target: Token) -> int | None:
-    """Where in the sentence the very word `target` stands, if a modifier may be put before it."""
-    if not target.content:
+def _modified(base: list[Token], run: list[Token], target: Token) -> int | None:
+    """Where in the sentence the very word `target` stands, if `run` may be put before it as its modifier."""
+    if not target.content or len(run) > 3:
+        return None
+    if target.kind != "word" and not (len(run) == 1 and run[0].norm in LABELLED | INSCRIBED):
         return None
     for i, t in enumerate(base):
         if t.text.casefold() == target.text.casefold() and not t.lead:
+            if target.kind == "number" and i and base[i - 1].norm in LABELLED and run[0].norm in INSCRIBED:
+                i -= 1  # a handwritten digit 8, not a digit handwritten 8
             before = base[i - 1] if i else None
             return None if before is not None and (before.stop or before.kind == "number") else i
     return None

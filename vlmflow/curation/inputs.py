@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmflow.dataset.layer import failures
@@ -21,19 +21,36 @@ if TYPE_CHECKING:
     from vlmflow.dataset.sample import Sample
 
 UPSTREAM = "upstream: "
-WINDOW = 256  # samples whose decoded pictures are in memory together
+WINDOW = 256  # samples whose decoded pictures are in memory together, at most ...
+PIXELS = 128 * 2**20  # ... and their pixels, at most, if more than one (three bytes each)
 
 T = TypeVar("T")
 
 
 def windows(items: Iterable[T], size: int = WINDOW) -> Iterator[list[T]]:
     """Successive lists of at most `size` items."""
+    return weighed(items, lambda _: 0, size, 0)
+
+
+def picture_windows(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
+    """Successive lists of samples whose decoded pictures fit into memory together: a function of the samples alone."""
+    return weighed(samples, _pixels, WINDOW, PIXELS)
+
+
+def _pixels(sample: Sample) -> int:
+    return sum(int(about.get("width") or 0) * int(about.get("height") or 0) for about in sample.meta.get("images", []))
+
+
+def weighed(items: Iterable[T], weight: Callable[[T], int], size: int, budget: int) -> Iterator[list[T]]:
+    """Successive lists of at most `size` items that weigh at most `budget` together; a heavier one stands alone."""
     window: list[T] = []
+    load = 0
     for item in items:
-        window.append(item)
-        if len(window) == size:
+        load += weight(item)
+        if window and (len(window) == size or load > budget):
             yield window
-            window = []
+            window, load = [], weight(item)
+        window.append(item)
     if window:
         yield window
 
@@ -72,8 +89,8 @@ def text_of(
     return (text, None) if text else ("", f"{UPSTREAM}{which}: empty text")
 
 
-def check_own_failures(manifest: Manifest, name: str, limit: float, scratch: Any = None) -> dict[str, int]:
-    """Reasons of this layer's failed rows with their counts, commonest first.
+def check_own_failures(manifest: Manifest, name: str, limit: float, scratch: Any = None) -> list[list[Any]]:
+    """[reason, count] of this layer's failed rows, commonest first.
 
     Raises:
         StepFailed: of the samples that reached this step, more than `limit` (share) failed in it.
@@ -89,4 +106,4 @@ def check_own_failures(manifest: Manifest, name: str, limit: float, scratch: Any
             f"First: sample {own[0][0]}. Mend the cause, or raise the limit if this loss is acceptable."
         )
     counts = Counter(reason for _, reason in listed)
-    return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))
+    return [[reason, n] for reason, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]

@@ -16,7 +16,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.checks import duplicates
-from vlmflow.curation.inputs import text_of
+from vlmflow.curation.inputs import UPSTREAM, text_of
 from vlmflow.dataset.layer import read_part, seal_layer
 from vlmflow.dataset.shard import ShardReader
 from vlmflow.errors import DataError, RecipeError
@@ -75,7 +75,7 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
     rows: dict[str, Row] = {}
     for i, key in enumerate(keys):
         if values[i] is None:
-            reason = f"not scored: {errors[i]}"
+            reason = f"not scored: {(errors[i] or '').removeprefix(UPSTREAM)}"
         elif i in repeated:
             reason = "repeats a kept text's wording"
         else:
@@ -85,7 +85,8 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
         "threshold": last if spec.order != "random" else None, "kept": count, "scored": len(ranks) + len(repeated),
         "total": len(keys), "repeated_texts_dropped": len(repeated),
         "histogram": histogram([(values[i], i in chosen) for i in range(len(keys)) if values[i] is not None]),
-        "sources": _by_source(sources, values, chosen),
+        "sources": _shares(sources, values, chosen),
+        "origins": _shares(_origins(manifest, which, ctx.scratch), values, chosen),
         "duplicates_among_kept": duplicates(texts.get(keys[i]) for i in sorted(chosen)),
     }  # fmt: skip
     reads = ["ppl"] if which == "alt" else ["ppl", which]
@@ -181,10 +182,20 @@ def _reason(spec: Any, value: float | None, last: float | None, kept: bool) -> s
     return f"perplexity {value:.5g} is beyond the {share} (to {last:.5g})"
 
 
-def _by_source(sources: list[str], values: list[float | None], chosen: set[int]) -> dict[str, dict[str, Any]]:
+def _origins(manifest: Manifest, which: str, scratch: Any) -> list[str]:
+    """Who wrote each text, in dataset order. A fused text whose alt text said nothing is the captioner's alone, and a
+    captioner finds its own words likely: the report must show how much of what is kept is such."""
+    if which != "fused":
+        return [which] * manifest.samples
+    parts = manifest.layer(which).parts
+    return [row["engine"] or "none" for part in parts for row in read_part(part, scratch).values()]
+
+
+def _shares(groups: list[str], values: list[float | None], chosen: set[int]) -> dict[str, dict[str, Any]]:
+    """Per group: samples, scored, kept, and the share kept of the scored."""
     found: dict[str, dict[str, Any]] = {}
-    for i, source in enumerate(sources):
-        entry = found.setdefault(source, {"total": 0, "scored": 0, "kept": 0})
+    for i, group in enumerate(groups):
+        entry = found.setdefault(group, {"total": 0, "scored": 0, "kept": 0})
         entry["total"] += 1
         entry["scored"] += values[i] is not None
         entry["kept"] += i in chosen

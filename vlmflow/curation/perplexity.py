@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.caption import Lazy
-from vlmflow.curation.inputs import check_own_failures, pictures, text_of, windows
+from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures, text_of
 from vlmflow.curation.prompts import scoring_prompt
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError
@@ -44,10 +44,10 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef) -> Manifest:
     vlm = Lazy(ctx, model)
 
     def compute(reader: ShardReader, upstream: dict[str, dict[str, Row]]) -> Iterator[Row]:
-        for window in windows(reader.keys()):
+        for window in picture_windows(reader):
             ready: list[tuple[str, list[Any], str]] = []
-            for key in window:
-                sample = reader.read(key)
+            for sample in window:
+                key = sample.key
                 text, missing = text_of(spec.text, key, sample.meta, upstream)
                 if missing:
                     yield {"key": key, "error": missing}
@@ -108,7 +108,7 @@ def _summary(sealed: Manifest, scratch: Any) -> dict[str, Any]:
             if r["error"] is None:
                 nll, tokens, scored = nll + r["nll"], tokens + r["tokens"], scored + 1
                 lowest, highest = min(lowest, r["ppl"]), max(highest, r["ppl"])
-    found = {"scored": scored, "tokens": tokens}
+    found: dict[str, Any] = {"scored": scored, "tokens": tokens}
     if scored:
         found |= {"lowest": lowest, "highest": highest, "corpus_ppl": significant(math.exp(nll / tokens))}
     return found

@@ -6,7 +6,9 @@ Fusion and its checks must agree on that, and on what a text supports, without a
 from __future__ import annotations
 
 import re
+from collections.abc import Set
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from vlmflow.curation.alt_text import unescape
 from vlmflow.curation.word_lists import ABBREVIATIONS, FUNCTION_WORDS, NUMBER_WORDS
@@ -37,6 +39,7 @@ _PLAIN_NUMBER = re.compile(r"^[$€£#]?\d{1,3}(?:,\d{3})+(?:\.\d+)?%?$|^[$€£
 _ORDINAL = re.compile(r"^(\d+)(?:st|nd|rd|th)$")
 
 
+@lru_cache(maxsize=1 << 16)
 def normal(word: str) -> str:
     """What a word is compared by: case, plural, possessive and the way of writing a number do not count."""
     low = word.casefold().replace("’", "'")
@@ -56,6 +59,7 @@ def normal(word: str) -> str:
     return low
 
 
+@lru_cache(maxsize=1 << 16)
 def kind_of(word: str) -> str:
     """number (7, seven, 4,000), code (has a digit and more: KX-4471-B, 3.14.1, A4) or word."""
     low = word.casefold()
@@ -72,6 +76,11 @@ _JOINED = re.compile(r"^([A-Za-z]*[a-z]{2,})[-_]?(\d{1,3})$|^(\d{1,3})[-_]?([a-z
 
 def tokens(text: str) -> list[Token]:
     """Split `text` into words in order; marks stay with their words, lone marks end a phrase."""
+    return list(_tokens(text))
+
+
+@lru_cache(maxsize=256)
+def _tokens(text: str) -> tuple[Token, ...]:
     out: list[Token] = []
     for chunk in text.split():
         core = chunk.strip(_EDGES)
@@ -99,7 +108,7 @@ def tokens(text: str) -> list[Token]:
                     stop=last and any(c in ".,;:!?…)]|" for c in after) and not _abbreviated(core, after),
                 )
             )
-    return out
+    return tuple(out)
 
 
 def _abbreviated(core: str, after: str) -> bool:
@@ -110,7 +119,8 @@ def _ended(token: Token) -> Token:
     return replace(token, stop=True)
 
 
-def vocabulary(text: str) -> set[str]:
+@lru_cache(maxsize=256)
+def vocabulary(text: str) -> frozenset[str]:
     """Everything that a text supports: its words, and the parts of joined words, as they are compared."""
     found: set[str] = set()
     plain = unescape(text)
@@ -120,10 +130,10 @@ def vocabulary(text: str) -> set[str]:
         found.add(normal(piece))
     for piece in re.split(r"[\s_/\\|]+", plain):
         found.update(token.norm for token in tokens(piece))
-    return found
+    return frozenset(found)
 
 
-def supported(token: Token, sources: set[str]) -> bool:
+def supported(token: Token, sources: Set[str]) -> bool:
     """Whether a word, or every part of a joined word, stands in `sources` (a `vocabulary`)."""
     if token.norm in sources or token.text.casefold() in sources:
         return True

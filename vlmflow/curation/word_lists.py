@@ -42,6 +42,8 @@ COLOURS = words_of(
 
 LABELLED = words_of("word text digit number numeral letter say said saying read reading")
 """Words after which a caption states what is written in the picture (as `textnorm.normal` writes them)."""
+INSCRIBED = words_of("handwritten written printed typed drawn painted")
+"""Words before a number that is itself what the picture shows."""
 TEXT_LABELS = words_of("word text say saying read reading")
 
 GENERIC = words_of("word digit number image picture photo text letter thing object show depict display view say")

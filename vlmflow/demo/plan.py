@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from vlmflow.demo import draw, wording
-from vlmflow.demo.wording import question_text
+from vlmflow.evaluation.prompts import build
+from vlmflow.evaluation.tsv import Question
 
 SPLITS = {"seed": 0.18, "web": 0.23, "sft": 0.42, "benchmark": 0.17}
 """Share of the digit scans that each part of the demo may draw."""
@@ -146,7 +147,6 @@ class Plan:
                 question, answer = self._confirm(kind, text, i % 20 < 10, rng)
             else:
                 question, answer = (wording.ASK_DIGIT if kind == "digit" else wording.ASK_WORD), text
-                question = question_text({"question": question}, "reading")
             yield Row(kind, text, draw.png(image), {"conversations": talk(question, answer)})
 
     def charts(self) -> Iterator[Row]:
@@ -192,12 +192,12 @@ class Plan:
     def _choose(self, kind: str, text: str, rng: np.random.Generator) -> tuple[str, str]:
         options, letter = self._options(kind, text, rng)
         question = wording.ASK_DIGIT if kind == "digit" else wording.ASK_WORD
-        return question_text({"question": question, **options}, "multiple_choice"), letter
+        return _asked(question, "multiple_choice", options), letter
 
     def _confirm(self, kind: str, text: str, yes: bool, rng: np.random.Generator) -> tuple[str, str]:
         asked = text if yes else self._others(kind, text, 1, rng)[0]
         question = wording.ask_is_digit(int(asked)) if kind == "digit" else wording.ask_is_word(asked)
-        return question_text({"question": question}, "yes_no"), "Yes" if yes else "No"
+        return _asked(question, "yes_no"), "Yes" if yes else "No"
 
     # benchmarks ---------------------------------------------------------------------------------------------------
 
@@ -223,6 +223,11 @@ class Plan:
             else:
                 fields = {"question": ask, "answer": text}
             yield Row(kind, text, draw.png(image), {**fields, "category": kind})
+
+
+def _asked(question: str, kind: str, options: dict[str, str] | None = None) -> str:
+    """The prompt that the evaluation makes of a question, so that tuning and benchmarks ask in the same words."""
+    return build(Question(index="", question=question, answer="", options=options or {}), kind)
 
 
 def talk(*turns: str) -> list[dict[str, str]]:

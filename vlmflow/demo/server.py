@@ -9,6 +9,7 @@ work though not at once: /moved redirects, /slow waits two seconds on its first 
 from __future__ import annotations
 
 import struct
+import sys
 import threading
 import time
 import zlib
@@ -44,6 +45,11 @@ class Site(ThreadingHTTPServer):
         self._woken: set[str] = set()
         self._lock = threading.Lock()
         super().__init__(("127.0.0.1", port), _Handler)
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that goes away in the middle is everyday; anything else is shown."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)  # type: ignore[arg-type]
 
     @property
     def base_url(self) -> str:

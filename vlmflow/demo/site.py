@@ -1,8 +1,8 @@
 """Writes the demo's site to disk once: pictures, tables and benchmarks.
 
-The directory is named by a digest of everything that decides its content, built under a temporary name and renamed,
-so a killed generation leaves nothing that looks finished and a finished one is found again. The tables hold absolute
-URLs, so they exist once a port; pictures and benchmarks do not depend on it.
+The directory is named by a digest of everything that decides its content (code, sizes, seed, library versions), built
+under a temporary name and renamed, so a killed generation leaves nothing that looks finished and a finished one is
+found again. The tables hold absolute URLs, so they exist once a port; pictures and benchmarks do not depend on it.
 """
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from vlmflow.demo.plan import Plan, Row, Sizes
-from vlmflow.digest import digest
+from vlmflow.digest import digest, sha256_file
+from vlmflow.evaluation import prompts
 
-GENERATOR = 1
-"""Raised when the generator's code changes what it writes."""
-
+_HERE = Path(__file__).parent
 BENCHMARKS = ("digits", "words", "mcq", "yesno")
 TABLES = {
     "seed": "tables/seed.parquet",
@@ -44,7 +43,8 @@ def build(folder: Path, sizes: Sizes | None = None, seed: int = 17) -> Path:
     """The site's directory under `folder`, generated if it is not there yet."""
     sizes = sizes or Sizes()
     libraries = {name: version(name) for name in ("numpy", "pillow", "matplotlib", "scikit-learn")}
-    name = digest({"generator": GENERATOR, "sizes": vars(sizes), "seed": seed, "libraries": libraries})[:16]
+    code = {path.name: sha256_file(path) for path in (*_HERE.glob("*.py"), Path(prompts.__file__))}
+    name = digest({"code": code, "sizes": vars(sizes), "seed": seed, "libraries": libraries})[:16]
     final = folder / name
     if final.is_dir():
         return final

@@ -95,13 +95,3 @@ def rare_fact(kind: str, label: str, rng: np.random.Generator) -> str:
             f"{lead}, firmware {number % 7}.{number % 83}.{number} build {code}",
         ),
     )
-
-
-def question_text(row: dict[str, str], kind: str) -> str:
-    """The question as the evaluation puts it to a model."""
-    lines = [row["question"], *(f"{letter}. {row[letter]}" for letter in "ABCD" if letter in row)]
-    if kind == "multiple_choice":
-        lines.append("Answer with the option's letter from the given choices directly.")
-    if kind == "yes_no":
-        lines.append("Please answer yes or no.")
-    return "\n".join(lines)

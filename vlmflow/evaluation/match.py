@@ -90,6 +90,7 @@ def match_reading(reply: str, answers: Sequence[str], numbers: bool = False) -> 
 # --- multiple choice --------------------------------------------------------------------------------------------------
 
 _END = r"(?![A-Za-z0-9])"
+_OR = r"\s*\)?\s*(?:,|/|&|\band\b|\bor\b|或|和)\s*\(?"  # between the letters of a list
 _STATEMENTS = [
     re.compile(p, re.IGNORECASE)
     for p in (
@@ -98,7 +99,9 @@ _STATEMENTS = [
         r"\b(?:choose|select|pick|chose|go with)\s+(?:option\s+|answer\s+)?[(\[]?(?P<letter>[A-Z])" + _END,
         r"(?:答案|选项)\s*(?:应该|应)?\s*(?:是|为|选)?\s*[::]?\s*(?:选项)?\s*[(\[]?(?P<letter>[A-Z])" + _END,
         r"选\s*择?\s*[::]?\s*(?:选项)?\s*[(\[]?(?P<letter>[A-Z])" + _END,
-        r"\\boxed\s*\{\s*(?:\\text\s*\{)?\s*\(?(?P<letter>[A-Z])\)?\s*\}",
+        r"\\boxed\s*\{\s*(?:\\(?:text|mathrm|mathbf|textbf)\s*\{)?\s*\(?(?P<letter>[A-Z])\)?\s*\}",
+        r"\b(?:letter|it|this|that)(?:\s+is|'s)\s+\(?(?P<letter>[A-Z])\)?\s*(?:[.,;:!]|$)",
+        r"(?<![A-Za-z0-9])(?P<letter>[A-Z])\s*(?:选项)?(?:是|为)(?:正确|对)的?",
         r"(?<![A-Za-z0-9])\(?(?P<letter>[B-HJ-Z])\)?\s+is\s+(?:the\s+)?(?:correct|right|best)\b",
         r"(?<![A-Za-z0-9])\(?(?P<letter>[AI])\)?\s+is\s+(?:the\s+)?(?:correct|right)\b",
     )
@@ -109,15 +112,14 @@ _NEGATION = re.compile(r"\b(?:not|no|never|neither|nor|cannot|without|except|[a-
 def match_choice(reply: str, answer: str, options: Mapping[str, str]) -> Match:
     """Read an option letter from a reply. `options`: letter -> text. Order of the rules, first that decides wins:
 
-    choice.letter     the reply is a letter and marks: "b", "B.", "(b)", "Ｂ", "**B**"
+    choice.letter     the reply, or its first line, is a letter and marks: "b", "B.", "(b)", "Ｂ", "**B**"
     choice.text       the reply is the text of exactly one option
-    choice.lead       it starts with a marked letter ("B. dog", "(b) dog", "B: ...") or "C because ..."
+    choice.lead       its first line starts with a marked letter ("B. dog", "(b) dog", "B: ...") or "C because ..."
     choice.statement  "the answer is B", "option B", "答案是B", "选B", "\\boxed{B}"; several must agree
-    choice.contains   exactly one option's text stands in it as whole words, and nothing is negated
+    choice.contains   exactly one option's text stands in it as whole words, no other letter does, and nothing is negated
     Otherwise unparsed (choice.empty, choice.outside, choice.conflict, choice.unparsed).
     """
-    text = clean(reply)
-    text = re.sub(r"[*`_\"“”]|(?<![A-Za-z])['‘’]|['‘’](?![A-Za-z])", "", text).strip()
+    first, text = _plain(_first_line(reply)), _plain(reply)
     gold = answer.strip().upper()
 
     def verdict(letter: str, rule: str) -> Match:
@@ -127,24 +129,40 @@ def match_choice(reply: str, answer: str, options: Mapping[str, str]) -> Match:
 
     if not text:
         return Match(False, None, "choice.empty")
-    bare = re.fullmatch(r"[\s(\[<{]*([A-Za-z])[\s)\]>}.,:;。、!]*", text)
+    bare = re.fullmatch(r"[\s(\[<{]*([A-Za-z])[\s)\]>}.,:;。、!]*", first)
     if bare:
         return verdict(bare[1].upper(), "choice.letter")
     same = [letter for letter, option in options.items() if normalise(option) == normalise(text) != ""]
     if len(same) == 1:
         return verdict(same[0], "choice.text")
-    lead = _lead(text)
+    lead = _lead(first)
     if lead:
-        return Match(False, None, "choice.conflict") if _several(text, lead, options) else verdict(lead, "choice.lead")
+        return Match(False, None, "choice.conflict") if _several(first, lead, options) else verdict(lead, "choice.lead")
     stated = _stated(text, options)
     if len(stated) > 1:
         return Match(False, None, "choice.conflict")
     if stated:
         return verdict(stated[0], "choice.statement")
     named = _contained(text, options)
-    if len(named) == 1 and not _NEGATION.search(text):
+    if len(named) == 1 and not _NEGATION.search(text) and _letters(text, options) <= set(named):
         return verdict(named[0], "choice.contains")
     return Match(False, None, "choice.conflict" if len(named) > 1 else "choice.unparsed")
+
+
+def _first_line(reply: str) -> str:
+    """The first line that says something, if an option and its reasons were put on lines of their own."""
+    return next((line for line in reply.rsplit("</think>", 1)[-1].splitlines() if line.strip("*`_\"'# \t")), "")
+
+
+def _plain(text: str) -> str:
+    """`clean`, without markdown and quotes (an apostrophe inside a word stays)."""
+    return re.sub(r"[*`_\"“”]|(?<![A-Za-z])['‘’]|['‘’](?![A-Za-z])", "", clean(text)).strip()
+
+
+def _letters(text: str, options: Mapping[str, str]) -> set[str]:
+    """Option letters that stand alone as capitals; A and I before a word are words."""
+    alone = re.findall(r"(?<![A-Za-z0-9'])(?![AI]\s+[a-z])([A-Z])" + _END, text)
+    return {letter for letter in alone if letter in options}
 
 
 def _lead(text: str) -> str | None:
@@ -173,7 +191,7 @@ def _several(text: str, lead: str, options: Mapping[str, str]) -> bool:
 
 
 def _stated(text: str, options: Mapping[str, str]) -> list[str]:
-    found = []
+    found: list[str] = []
     for pattern in _STATEMENTS:
         for m in pattern.finditer(text):
             letter, rest = m["letter"], text[m.end("letter") :]
@@ -181,9 +199,10 @@ def _stated(text: str, options: Mapping[str, str]) -> list[str]:
                 continue  # "the answer is a dog"
             if letter in "AI" and re.match(r"\s+[a-z]", rest) and not re.match(r"\s+(?:because|since|is)\b", rest):
                 continue  # "the answer is A dog"
-            if letter.upper() not in found:
-                found.append(letter.upper())
-    return found
+            # "A or B" names two, "B, a dog" one
+            listed = re.match(_OR + r"([A-Za-z])" + _END + r"(?!\s+(?!or\b|and\b)[a-z])", rest)
+            found += [x.upper() for x in (letter, listed[1] if listed else letter)]
+    return sorted(set(found))
 
 
 def _contained(text: str, options: Mapping[str, str]) -> list[str]:

@@ -8,16 +8,18 @@ model again reads it instead of generating. A killed run loses at most the bench
 from __future__ import annotations
 
 import io
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from vlmflow import storage
 from vlmflow.digest import digest, sha256_file
 from vlmflow.errors import DataError, RecipeError
 from vlmflow.evaluation import prompts
-from vlmflow.evaluation.match import MATCHER_VERSION, Match, match
+from vlmflow.evaluation.ask import Generates, ask
+from vlmflow.evaluation.match import MATCHER_VERSION
 from vlmflow.evaluation.scores import BenchmarkScore, Scores, Split, wilson
 from vlmflow.evaluation.split import divide
 from vlmflow.evaluation.table_file import local_table
@@ -30,12 +32,6 @@ if TYPE_CHECKING:
 VERSION = 1  # of this file: what is stored and how it is counted
 BEHAVIOUR = (".json", ".jinja", ".txt", ".model", ".safetensors")  # model files that decide what a model says
 CHUNK = 8  # batches whose images are held in memory at once
-
-
-class Generates(Protocol):
-    """What evaluation needs of a model; `vlmflow.models.inference.VLM` is one."""
-
-    def generate(self, requests: list[Any], max_new_tokens: int, batch: int) -> list[Any]: ...
 
 
 @dataclass(frozen=True)
@@ -122,8 +118,7 @@ def _score(ctx: Context, plan: _Plan, vlm: Generates, split: Split) -> Benchmark
     rows: list[dict[str, Any]] = []
     with ctx.progress(f"evaluate {plan.name}", len(questions), "questions") as progress:
         for chunk in _chunks(questions, ctx.recipe.evaluation.batch * CHUNK):
-            rows += _ask(ctx, plan, table, vlm, chunk)
-            progress.advance(len(chunk))
+            rows += ask(vlm, table, chunk, plan.settings, ctx.recipe.evaluation.batch, progress.advance)
             progress.note(f"accuracy {sum(r['correct'] for r in rows) / len(rows):.3f}")
     if all(r["error"] for r in rows):
         first = rows[0]["error"]
@@ -135,6 +130,7 @@ def _score(ctx: Context, plan: _Plan, vlm: Generates, split: Split) -> Benchmark
         accuracy=right / n,
         n=n,
         chance=chance(questions, plan.spec.kind) if plan.spec.chance is None else plan.spec.chance,
+        majority=max(Counter(q.answer.casefold() for q in questions).values()) / n,
         parsed=sum(r["extracted"] is not None for r in rows) / n,
         errors=sum(bool(r["error"]) for r in rows),
         interval=wilson(right, n),
@@ -144,37 +140,6 @@ def _score(ctx: Context, plan: _Plan, vlm: Generates, split: Split) -> Benchmark
         categories=_categories(rows),
         predictions=predictions,
     )
-
-
-def _ask(ctx: Context, plan: _Plan, table: Table, vlm: Generates, chunk: Sequence[Question]) -> list[dict[str, Any]]:
-    from vlmflow.models.inference import Request
-
-    requests: list[Any] = []
-    problems: dict[str, str] = {}
-    texts = {q.index: prompts.build(q, plan.spec.kind, plan.spec.suffix) for q in chunk}
-    for q in chunk:
-        try:
-            requests.append(Request(images=table.images(q), prompt=texts[q.index]))
-        except DataError as e:
-            problems[q.index] = str(e)
-    settings = {"max_new_tokens": plan.settings["max_new_tokens"], "batch": ctx.recipe.evaluation.batch}
-    if plan.settings["max_tiles"] is not None:
-        settings["max_tiles"] = plan.settings["max_tiles"]
-    replies = iter(vlm.generate(requests, **settings) if requests else [])
-    rows = []
-    for q in chunk:
-        if q.index in problems:
-            reply, finish, verdict = "", "", Match(False, None, "error")
-        else:
-            generation = next(replies)
-            reply, finish = generation.text, generation.finish
-            verdict = match(plan.spec.kind, reply, q, plan.spec.numbers)
-        rows.append({
-            "index": q.index, "category": q.category, "prompt": texts[q.index], "answer": q.answer, "reply": reply,
-            "finish": finish, "correct": verdict.correct, "extracted": verdict.extracted, "rule": verdict.rule,
-            "error": problems.get(q.index),
-        })  # fmt: skip
-    return rows
 
 
 def chance(questions: Sequence[Question], kind: str) -> float:

@@ -19,13 +19,14 @@ class BenchmarkScore(BaseModel):
 
     accuracy: right / n. n: questions of the split. parsed: share of replies that could be read. errors: questions that
     could not be asked (broken image); they count as wrong. interval: Wilson 95 % interval of accuracy. chance: expected
-    accuracy of guessing. predictions: URI of the Parquet file with every question's reply and verdict.
+    accuracy of guessing. majority: accuracy of always giving the split's most frequent answer. predictions: URI of the Parquet file with every question's reply and verdict.
     """
 
     model_config = ConfigDict(extra="forbid")
     accuracy: float
     n: int
     chance: float
+    majority: float | None = None
     parsed: float
     errors: int
     interval: tuple[float, float]

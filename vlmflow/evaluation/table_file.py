@@ -44,7 +44,10 @@ def local_table(uri: str, scratch: str | Path) -> Path:
 
 def _download(uri: str, path: Path) -> None:
     memory = path.with_suffix(".etag.json")
-    headers = json.loads(memory.read_text()) if path.exists() and memory.exists() else {}
+    try:
+        headers = json.loads(memory.read_text()) if path.exists() else {}
+    except (OSError, ValueError):  # none yet, or another process is writing it
+        headers = {}
     for attempt in range(1, ATTEMPTS + 1):
         try:
             request = urllib.request.Request(uri, headers={"User-Agent": "vlmflow", **headers})

@@ -11,10 +11,9 @@ range of every record, and reads an image again only when it is asked for.
 from __future__ import annotations
 
 import ast
-import base64
-import binascii
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import os
@@ -26,20 +25,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.errors import DataError
+from vlmflow.evaluation.pictures import decode_image, encode_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 KINDS = ("reading", "multiple_choice", "yes_no")
 REFERENCE_CHARS = 64  # VLMEvalKit: an image value this short is another row's index
-MAX_PIXELS = 200_000_000  # a decompression bomb, not a benchmark image
 LETTERS = string.ascii_uppercase
 
 
 @dataclass(frozen=True)
 class Question:
     """One row without its pixels. `images` holds, per image, the index of the row that stores it and the place in that
-    row's list; `group` is the index of the row whose image is used first (rows of one image belong together)."""
+    row's list; `group` is the index of the first row that stores the question's first image (rows of one image, by
+    reference or as equal copies, belong together)."""
 
     index: str
     question: str
@@ -97,35 +97,6 @@ class Table:
         with _wide_fields():
             row = next(csv.reader(io.StringIO(text, newline=""), delimiter="\t"))
         return row[self.columns.index("image")]
-
-
-def decode_image(value: str, where: str) -> Image:
-    """base64 of an image file -> RGB image. `where` starts the message of the DataError that bad input raises."""
-    from PIL import Image as pil
-
-    if value.startswith("data:") and "," in value[:100]:
-        value = value.split(",", 1)[1]
-    try:
-        raw = base64.b64decode("".join(value.split()), validate=True)
-    except (binascii.Error, ValueError) as e:
-        raise DataError(f"{where}: {len(value)} characters are not base64 ({e}). Write the image again.") from None
-    try:
-        with pil.open(io.BytesIO(raw)) as image:
-            pixels = image.width * image.height
-            if pixels > MAX_PIXELS:
-                raise DataError(f"{where}: {image.width} x {image.height} = {pixels} pixels; at most {MAX_PIXELS}.")
-            return image.convert("RGB")
-    except DataError:
-        raise
-    except Exception as e:  # Pillow raises many kinds for broken files
-        raise DataError(f"{where}: {len(raw)} bytes do not decode as an image ({type(e).__name__}: {e}).") from None
-
-
-def encode_image(image: Image, format: str = "PNG") -> str:
-    """An image as the base64 text that the `image` column holds."""
-    buffer = io.BytesIO()
-    image.save(buffer, format=format)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
@@ -214,6 +185,8 @@ def _scan(path: Path, kind: str) -> tuple[list[str], list[Question], dict[str, t
         raise DataError(f"{path}: no such benchmark table")
     raw: list[tuple[dict[str, str], list[str]]] = []  # text columns; image references ("" = stored in this row)
     ranges: dict[str, tuple[int, int]] = {}
+    holders: dict[bytes, str] = {}  # hash of an image -> first row that stores it
+    groups: dict[str, str] = {}
     with open(path, "rb") as f, _wide_fields():
         records = _Records(f, path)
         reader = csv.reader(iter(records), delimiter="\t", strict=True)
@@ -231,14 +204,19 @@ def _scan(path: Path, kind: str) -> tuple[list[str], list[Question], dict[str, t
                             f"(second time on line {records.lines}). Indices must be unique."
                         )
                     ranges[row["index"]] = (start, stop)
+                    image = hashlib.sha256(_first_image(row).encode()).digest()
+                    groups[row["index"]] = holders.setdefault(image, row["index"])
                     raw.append((row, _references(path, row)))
                 start = stop
         except csv.Error as e:
-            raise DataError(f"{path}: line {records.lines}: not a tab-separated table ({e})") from None
+            raise DataError(
+                f"{path}: line {records.lines}: not a tab-separated table ({e}). A cell that begins with a "
+                "quote must end with one, and quotes inside it are doubled."
+            ) from None
     if not raw:
         raise DataError(f"{path}: the table has no rows, so there is nothing to score")
     stored = {row["index"]: refs for row, refs in raw}
-    return columns, [_question(path, row, refs, stored, kind) for row, refs in raw], ranges
+    return columns, [_question(path, row, refs, stored, groups, kind) for row, refs in raw], ranges
 
 
 def _check_columns(path: Path, columns: Sequence[str], kind: str) -> None:
@@ -267,6 +245,12 @@ def _row(path: Path, columns: Sequence[str], cells: Sequence[str], line: int) ->
     return row
 
 
+def _first_image(row: Mapping[str, str]) -> str:
+    """What identifies the row's first image: its base64 text, or the row itself when it stores none."""
+    first = _image_values(row["image"])[0] if "image" in row else ""
+    return first if len(first) > REFERENCE_CHARS else f"row {row['index']}"
+
+
 def _references(path: Path, row: dict[str, str]) -> list[str]:
     """What each image of the row is: "" = stored here, otherwise another row's index. Drops the pixels from `row`."""
     if "image" not in row:
@@ -280,7 +264,14 @@ def _references(path: Path, row: dict[str, str]) -> list[str]:
     return ["" if len(v) > REFERENCE_CHARS else v for v in _image_values(cell)]
 
 
-def _question(path: Path, row: dict[str, str], refs: list[str], stored: Mapping[str, list[str]], kind: str) -> Question:
+def _question(
+    path: Path,
+    row: dict[str, str],
+    refs: list[str],
+    stored: Mapping[str, list[str]],
+    groups: Mapping[str, str],
+    kind: str,
+) -> Question:
     index, images = row["index"], []
     for place, ref in enumerate(refs):
         if not ref:
@@ -313,7 +304,7 @@ def _question(path: Path, row: dict[str, str], refs: list[str], stored: Mapping[
         optional["l2-category"],
         optional["split"],
         tuple(images),
-        images[0][0] if images else index,
+        groups[images[0][0]] if images else index,
     )
 
 

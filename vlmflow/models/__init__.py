@@ -46,9 +46,10 @@ def load_model(folder: str | Path, dtype: Any = "auto", attention: str = "vlmflo
 
     register()
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             str(folder), dtype=dtype, attn_implementation=attention, output_loading_info=True
         )
+        model, info = loaded
         tokenizer = AutoTokenizer.from_pretrained(str(folder), padding_side="left")
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"cannot load a model from {folder}: {error}") from error

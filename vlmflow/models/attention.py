@@ -133,7 +133,14 @@ def _grouped(
             at = torch.arange(group.length, device=query.device)
             mask = (at[:, None] >= at[None, :]) & (at[:, None] - at[None, :] < window)
         out = scaled_dot_product_attention(
-            *parts, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped_query
+            parts[0],
+            parts[1],
+            parts[2],
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=grouped_query,
         )
         outputs.append(out.transpose(1, 2).flatten(0, 1))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)

@@ -82,10 +82,12 @@ def _tokenizer(ctx: Context, datasets: dict[str, Manifest]) -> Any:
     from vlmflow.models import tokenizer as tokenizers
 
     spec = ctx.recipe.model
-    if _trains(spec):
+    vocab = spec.tokenizer.train_vocab
+    if not spec.tokenizer.source and vocab is not None:
         texts = (text for name in spec.tokenizer.train_on for text in corpus(_dataset(datasets, name), ctx.scratch))
-        return tokenizers.train(texts, spec.tokenizer.train_vocab)
+        return tokenizers.train(texts, vocab)
     source = spec.tokenizer.source or spec.language.source
+    assert source is not None  # the recipe was checked: a random language model names or trains a tokenizer
     revision = None if spec.tokenizer.source else spec.language.revision
     return tokenizers.pretrained(source, revision, spec.trust_remote_code)
 

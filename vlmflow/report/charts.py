@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from vlmflow.report.html import Safe, el, join
-from vlmflow.report.numbers import count, log_ticks, percent, seconds, short, ticks
+from vlmflow.report.numbers import count, log_ticks, percent, seconds, short, ticks, time_ticks
 
 Point = tuple[float, float]
 
@@ -162,7 +162,7 @@ def gantt(bars: Sequence[tuple[str, float, float]], width: int = 1060) -> Safe:
     height = len(bars) * row + bottom + 4
     scale = (width - left - right) / total
     marks = []
-    for x in ticks(0, total, 8):
+    for x in time_ticks(total):
         marks += [_line(left + x * scale, 0, left + x * scale, height - bottom, "grid")]
         marks.append(_text(left + x * scale, height - 8, seconds(x) if x else "0", "middle"))
     for i, (name, start, length) in enumerate(bars):

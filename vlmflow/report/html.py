@@ -54,6 +54,15 @@ def table(head: Sequence[Any], rows: Iterable[Sequence[Any]], cls: str = "", num
     return el("div", el("table", header, body, cls=cls or None), cls="scroll", tabindex="0")
 
 
+def facts(rows: Iterable[tuple[Any, Any]]) -> Safe:
+    """Names and values, one a line."""
+    return el(
+        "div",
+        el("table", el("tbody", *(el("tr", el("th", k), el("td", v)) for k, v in rows)), cls="facts"),
+        cls="scroll",
+    )
+
+
 def note(*children: Any) -> Safe:
     return el("p", *children, cls="note")
 

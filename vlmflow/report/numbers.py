@@ -20,7 +20,10 @@ def seconds(value: float) -> str:
         return f"{value:.1f} s"
     if value < 120:
         return f"{value:.0f} s"
-    return f"{int(value) // 60} min {int(value) % 60:02d} s"
+    minutes, rest = divmod(int(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s" if rest else f"{minutes} min"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
 def size(value: float) -> str:
@@ -63,6 +66,13 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     step = next((m * base for m in (1, 2, 2.5, 5) if m * base >= rough), 10 * base)
     first = math.ceil(low / step - 1e-9)
     return [round(k * step, 12) for k in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def time_ticks(total: float, most: int = 8) -> list[float]:
+    """Times in seconds from 0 to `total` in steps that people use."""
+    steps = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 86400)
+    step = next((s for s in steps if total / s <= most), 86400 * 7)
+    return [k * step for k in range(int(total / step) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -139,7 +139,12 @@ class Page:
 
     def name(self, model: str) -> str:
         """What a person calls a row."""
-        known = {UNTRAINED: "untrained", MODEL_P: "model P (bootstrap)"}
+        known = {
+            UNTRAINED: "untrained",
+            MODEL_P: "model P (bootstrap)",
+            "ocr": "stage 1 (ocr)",
+            "align": "stage 2 (align)",
+        }
         if model in known:
             return known[model]
         if model.startswith("soup-"):

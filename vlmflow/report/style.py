@@ -46,15 +46,16 @@ tbody tr:last-child td{border-bottom:0}
 td small,.small{color:var(--dim);font-size:12px}
 .big{font-size:15px;font-weight:600}
 .nowrap{white-space:nowrap}
+table.facts{width:auto;min-width:50%}table.facts th{white-space:nowrap;padding-right:28px;border-bottom:1px solid var(--faint)}
 table.samples td{min-width:110px;max-width:230px;overflow-wrap:anywhere}
 table.samples td:first-child{min-width:0}
 img.thumb{display:block;max-width:150px;max-height:84px;border:1px solid var(--edge);border-radius:4px;background:#fff}
-.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(205px,1fr));gap:12px;margin:10px 0}
+.grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(205px,100%),1fr));gap:12px;margin:10px 0}
 .item{border:1px solid var(--edge);border-radius:8px;padding:10px;font-size:13px;overflow-wrap:anywhere}
 .item img{margin-bottom:8px}
 .item .q{color:var(--dim);white-space:pre-line}
 .item .a{font-weight:600}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(430px,1fr));gap:14px}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(430px,100%),1fr));gap:14px}
 .tag{display:inline-block;font-size:12px;line-height:1.5;padding:0 7px;border-radius:9px;background:var(--faint);color:var(--dim);
 white-space:nowrap}
 .tag.good{background:var(--good-bg);color:var(--good)}

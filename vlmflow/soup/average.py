@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from vlmflow.errors import ModelError
+from vlmflow.soup.accumulate import Accumulator, to_float64
 from vlmflow.soup.tensors import (
     EXACT,
     FLOATS,
@@ -26,13 +27,11 @@ from vlmflow.soup.tensors import (
     TensorInfo,
     Weights,
     blocks,
-    from_float64,
     open_weights,
-    to_float64,
     write_header,
 )
 
-BLOCK = 1 << 20  # bytes read of each parent at once; fits the cache, larger is slower (data-eval-soup 6.1)
+BLOCK = 1 << 18  # bytes read of each parent at once: its float64 sum stays in the processor's cache
 # keys of JSON side files that say where a file came from, not how the model behaves
 PROVENANCE = {"_name_or_path", "name_or_path", "transformers_version", "_commit_hash"}
 IGNORED_FILES = {"README.md", "model.json", "training_args.bin", INDEX}
@@ -170,6 +169,7 @@ def _write_file(
 ) -> None:  # fmt: skip
     tensors = {name: info for name, info in opened[0].tensors.items() if info.file == file}
     names = list(tensors)
+    accumulator = Accumulator(BLOCK // min(FLOATS.values()))
     with open(path, "wb") as f:
         f.write(write_header(tensors, opened[0].metadata[file]))
         for i, name in enumerate(names):
@@ -179,35 +179,42 @@ def _write_file(
                 if offset == 0 and i + 1 < len(names):
                     for w in opened:
                         w.will_need(names[i + 1])
-                f.write(_mean(name, info, offset, data, parents, share))
+                f.write(_mean(name, info, offset, data, parents, share, accumulator))
                 advance(length * len(data))
         f.flush()
         os.fsync(f.fileno())
 
 
 def _mean(
-    name: str, info: TensorInfo, offset: int, data: Sequence[bytes], parents: Sequence[Parent], share: Sequence[float]
+    name: str,
+    info: TensorInfo,
+    offset: int,
+    data: Sequence[bytes],
+    parents: Sequence[Parent],
+    share: Sequence[float],
+    accumulator: Accumulator,
 ) -> bytes:
     if info.dtype in EXACT:
         _check_equal(name, info, offset, data, parents)
         return data[0]
-    total = None
-    for block, parent, weight in zip(data, parents, share, strict=True):
+    accumulator.start(len(data[0]) // FLOATS[info.dtype])
+    for block, weight in zip(data, share, strict=True):
+        accumulator.add(block, info.dtype, weight)
+    if not accumulator.finite():
+        _name_the_sick(name, info, offset, data, parents)
+    return accumulator.stored(info.dtype, sum(share))
+
+
+def _name_the_sick(name: str, info: TensorInfo, offset: int, data: Sequence[bytes], parents: Sequence[Parent]) -> None:
+    for block, parent in zip(data, parents, strict=True):
         values = to_float64(block, info.dtype)
-        if not np.isfinite(values).all():
-            place = int(np.flatnonzero(~np.isfinite(values))[0])
-            flat = offset // FLOATS[info.dtype] + place
-            at = [int(i) for i in np.unravel_index(flat, info.shape)]
+        for place in np.flatnonzero(~np.isfinite(values))[:1]:
+            at = [int(i) for i in np.unravel_index(offset // FLOATS[info.dtype] + int(place), info.shape)]
             raise ModelError(
                 f"tensor {name} of {parent.name} holds {values[place]} at {at}: one such value makes the whole "
                 "soup useless. Leave this candidate out or train it again."
             )
-        if weight != 1:
-            values *= weight
-        total = values if total is None else np.add(total, values, out=total)
-    assert total is not None
-    total /= sum(share)
-    return from_float64(total, info.dtype)
+    raise ModelError(f"tensor {name}: the weighted sum of {len(data)} models leaves float64; use smaller weights")
 
 
 def _check_equal(name: str, info: TensorInfo, offset: int, data: Sequence[bytes], parents: Sequence[Parent]) -> None:

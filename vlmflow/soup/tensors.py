@@ -14,8 +14,6 @@ from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-
 from vlmflow.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
@@ -160,29 +158,6 @@ def blocks(nbytes: int, size: int) -> Iterator[tuple[int, int]]:
     """(offset, length) of consecutive blocks; `size` must be a multiple of 8."""
     for offset in range(0, nbytes, size):
         yield offset, min(size, nbytes - offset)
-
-
-def to_float64(data: bytes, dtype: str) -> np.ndarray:
-    """Stored values -> float64 [n], exactly."""
-    if dtype == "BF16":
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.frombuffer(data, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float64)
-
-
-def from_float64(values: np.ndarray, dtype: str) -> bytes:
-    """float64 [n] -> stored bytes, each value rounded once to the nearest (ties to even).
-
-    bfloat16 by way of float32 would round twice; the float32 step therefore rounds to odd, which keeps the last bit as
-    a witness of what was cut (Boldo and Melquiond 2008)."""
-    if dtype != "BF16":
-        return values.astype({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).tobytes()
-    near = values.astype(np.float32)
-    back = near.astype(np.float64)
-    bits = near.view(np.uint32)
-    bits -= (np.abs(back) > np.abs(values)).astype(np.uint32)  # towards zero ...
-    bits |= (back != values).astype(np.uint32)  # ... and odd when inexact
-    bits += ((bits >> 16) & 1) + np.uint32(0x7FFF)
-    return (bits >> 16).astype("<u2").tobytes()
 
 
 def _json(data: bytes, path: Path) -> dict[str, Any]:

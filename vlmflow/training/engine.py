@@ -101,21 +101,48 @@ def make_engine(model: Any, groups: list[dict[str, Any]], optimizer: dict[str, A
     else:
         client = torch.optim.AdamW(groups, fused=True, **options)
     engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=config, dist_init_required=False)
+    _allocate_moments(engine)
     return engine
 
 
-def init_distributed(backend: str, method: str, rank: int, world: int) -> None:
-    """Join the process group. ``method`` is ``env://`` or a ``file://`` rendezvous of one machine."""
-    deepspeed = import_deepspeed()
-    deepspeed.init_distributed(
-        dist_backend=backend,
-        auto_mpi_discovery=False,
-        verbose=False,
-        init_method=None if method == "env://" else method,
-        rank=rank,
-        world_size=world,
-        dist_init_required=True,
-    )
+def _allocate_moments(engine: Any) -> None:
+    """Make AdamW's state now instead of at the first step, and link it to the parameters.
+
+    DeepSpeed 0.19.8 links moments after the first parameter group's first step, when the other groups have none yet,
+    so ``safe_get_full_optimizer_state`` would know those of the first group only.
+    """
+    base = _base(engine)
+    for group in base.param_groups:
+        for parameter in group["params"]:
+            moments = {m: torch.zeros_like(parameter, memory_format=torch.preserve_format) for m in MOMENTS}
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            base.state[parameter] = {"step": step, **moments}
+    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def join(rendezvous: str, rank: int, world: int) -> torch.device:
+    """Join the process group, once a process; returns this rank's device.
+
+    Args:
+        rendezvous: ``env://`` (torchrun's variables) or ``file://`` on one machine.
+    """
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not torch.distributed.is_initialized():
+        import_deepspeed().init_distributed(
+            dist_backend="nccl" if cuda else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            init_method=None if rendezvous == "env://" else rendezvous,
+            rank=rank,
+            world_size=world,
+            dist_init_required=True,
+        )
+    return device
 
 
 def _base(engine: Any) -> Any:
@@ -172,12 +199,8 @@ def restore(engine: Any, weights: dict[str, torch.Tensor], moments: dict[str, to
             f"{missing[:3]}: it belongs to another stage or recipe"
         )
     base = _base(engine)
-    for parameter_group in base.param_groups:
-        for parameter in parameter_group["params"]:
-            base.state[parameter] = {
-                "step": torch.tensor(float(step), dtype=torch.float32),
-                **{m: torch.zeros_like(parameter, memory_format=torch.preserve_format) for m in MOMENTS},
-            }
+    for state in base.state.values():
+        state["step"].fill_(float(step))
     if not hasattr(next(iter(parameters.values())), "_hp_mapping"):
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -187,8 +210,6 @@ def restore(engine: Any, weights: dict[str, torch.Tensor], moments: dict[str, to
         return
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
-    if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
     with torch.no_grad():
         for name, parameter in parameters.items():
             safe_set_full_fp32_param(parameter, weights[name])

@@ -49,8 +49,8 @@ def rank_environment(rank: int, world: int, rendezvous: str, threads: int) -> di
     return env
 
 
-def launch(job: Path, world: int, threads: int, on_event: Callable[[dict[str, Any]], None]) -> None:
-    """Run ``world`` ranks of a job to their end.
+def launch(jobs: list[Path], world: int, threads: int, on_event: Callable[[dict[str, Any]], None]) -> None:
+    """Run ``world`` ranks to their end; several jobs run one after another in the same processes.
 
     Args:
         on_event: called with every event of the ranks, in this thread.
@@ -63,7 +63,7 @@ def launch(job: Path, world: int, threads: int, on_event: Callable[[dict[str, An
     tails: list[deque[str]] = [deque(maxlen=LAST_LINES) for _ in range(world)]
     reported: list[VlmflowError] = []
     with tempfile.TemporaryDirectory(prefix="vlmflow-ranks-") as meeting:
-        ranks = [_start(job, rank, world, f"file://{meeting}/rendezvous", threads, lines) for rank in range(world)]
+        ranks = [_start(jobs, rank, world, f"file://{meeting}/rendezvous", threads, lines) for rank in range(world)]
         restore = _forward_sigterm(ranks)
         try:
             alive = world
@@ -94,9 +94,11 @@ def launch(job: Path, world: int, threads: int, on_event: Callable[[dict[str, An
         raise TrainingPreempted("training stopped on SIGTERM after writing a checkpoint; run the step again to continue")
 
 
-def _start(job: Path, rank: int, world: int, rendezvous: str, threads: int, lines: queue.Queue) -> subprocess.Popen:
+def _start(
+    jobs: list[Path], rank: int, world: int, rendezvous: str, threads: int, lines: queue.Queue
+) -> subprocess.Popen:
     process = subprocess.Popen(
-        [sys.executable, "-m", "vlmflow.training.worker", str(job)],
+        [sys.executable, "-m", "vlmflow.training.worker", *map(str, jobs)],
         env=rank_environment(rank, world, rendezvous, threads),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

@@ -147,7 +147,7 @@ def _train(ctx: Context, job: Job, path: Path) -> dict[str, Any]:
             elif kind == "note":
                 print(f"[train {job.label}] {event['text']}", file=sys.stderr, flush=True)
 
-        launch(path, job.stage.processes, job.stage.threads, on_event)
+        launch([path], job.stage.processes, job.stage.threads, on_event)
     return table
 
 

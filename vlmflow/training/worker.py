@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,24 @@ class Preempted(Exception):
 
 
 class Trainer:
-    """State of one rank. ``Trainer(job, rank, world).run()`` trains and, on rank 0, writes ``job.out``."""
+    """State of one rank. ``Trainer(job, rank, world).run()`` trains and, on rank 0, writes ``job.out``.
 
-    def __init__(self, job: Job, rank: int, world: int, local_rank: int, rendezvous: str) -> None:
+    Args:
+        rendezvous: where ranks meet, ``env://`` or ``file://``; used once a process.
+        stop: set from outside (SIGTERM) to save and stop after the current step.
+    """
+
+    def __init__(
+        self, job: Job, rank: int = 0, world: int = 1, rendezvous: str = "env://", stop: threading.Event | None = None
+    ) -> None:
         import torch
 
         from vlmflow.training import engine as ds
 
         self.job, self.stage, self.rank, self.world = job, job.stage, rank, world
-        self.stop = threading.Event()
+        self.stop = stop or threading.Event()
         torch.set_num_threads(self.stage.threads)
-        cuda = torch.cuda.is_available()
-        self.device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-        if cuda:
-            torch.cuda.set_device(self.device)
-        ds.init_distributed("nccl" if cuda else "gloo", rendezvous, rank, world)
+        self.device = ds.join(rendezvous, rank, world)
         self._load()
         self._prepare()
 
@@ -324,17 +328,17 @@ def watch_parent() -> None:
 
 
 def main(argv: list[str]) -> int:
-    """Entry point of one rank; returns the exit code."""
-    job = Job.model_validate_json(Path(argv[0]).read_text())
+    """Entry point of one rank: trains the jobs one after another in this process; returns the exit code."""
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if "VLMFLOW_LAUNCHER" in os.environ:
         watch_parent()
     stopping = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopping.set())
+    emit(event="start", rank=rank, pid=os.getpid())
     try:
-        trainer = Trainer(job, rank, world, int(os.environ.get("LOCAL_RANK", "0")), os.environ.get("VLMFLOW_RENDEZVOUS", "env://"))
-        trainer.stop = stopping
-        trainer.run()
+        for path in argv:
+            job = Job.model_validate_json(Path(path).read_text())
+            Trainer(job, rank, world, os.environ.get("VLMFLOW_RENDEZVOUS", "env://"), stopping).run()
     except Preempted:
         return PREEMPTED
     except VlmflowError as error:
@@ -344,7 +348,11 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    try:
+        code = main(sys.argv[1:])
+    except BaseException:
+        traceback.print_exc()
+        code = 1
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)  # all work is on disk; tearing down torch's threads would cost up to a second

@@ -65,12 +65,13 @@ def compose(model: Any, tokenizer: Any, image_token_id: int, seed: int, dtype: t
     return whole.eval()
 
 
-def _encoder(part: Any, side: int, dtype: torch.dtype | None, where: str) -> CLIPVisionModel:
+def _encoder(part: Any, side: int, dtype: torch.dtype | None, where: str) -> Any:
     if part.source:
         try:
-            tower, info = CLIPVisionModel.from_pretrained(
+            loaded: Any = CLIPVisionModel.from_pretrained(
                 part.source, revision=part.revision, dtype=dtype or "auto", output_loading_info=True, **part.config
             )
+            tower, info = loaded
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"{where}.source: cannot read a CLIP vision model from '{part.source}': {error}"
@@ -83,7 +84,8 @@ def _encoder(part: Any, side: int, dtype: torch.dtype | None, where: str) -> CLI
             )
         return tower
     try:
-        return CLIPVisionModel(_vision(dict(part.config or {}), side)).to(dtype or torch.float32)
+        fresh: Any = CLIPVisionModel(_vision(dict(part.config or {}), side))
+        return fresh.to(dtype=dtype or torch.float32)
     except (TypeError, ValueError) as error:
         raise ModelError(f"{where}.config: not a CLIP vision configuration: {error}") from error
 
@@ -92,7 +94,7 @@ def _language(part: Any, tokenizer: Any, dtype: torch.dtype | None, remote: bool
     size = len(tokenizer)
     if part.source:
         try:
-            model, info = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 part.source,
                 revision=part.revision,
                 dtype=dtype or "auto",
@@ -100,6 +102,7 @@ def _language(part: Any, tokenizer: Any, dtype: torch.dtype | None, remote: bool
                 output_loading_info=True,
                 **part.config,
             )
+            model, info = loaded
         except (OSError, ValueError, RuntimeError) as error:
             raise ModelError(
                 f"model.language.source: cannot read a causal language model from '{part.source}': {error}"

@@ -61,14 +61,15 @@ class PointsConfig(PreTrainedConfig):
         self.projector_hidden_act = projector_hidden_act
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
-        kwargs.pop("tie_word_embeddings", None)  # the language model decides
-        super().__init__(tie_word_embeddings=bool(self.text_config.tie_word_embeddings), **kwargs)
+        kwargs["tie_word_embeddings"] = bool(self.text_config.tie_word_embeddings)  # the language model decides
+        super().__init__(**kwargs)
         self._check()
 
     @property
     def tokens_per_tile(self) -> int:
         """Visual tokens of one tile after the pixel shuffle (336 px, patch 14, shuffle 2: 144)."""
-        return (self.tile // self.vision_config.patch_size // self.shuffle) ** 2
+        patch: Any = self.vision_config.patch_size
+        return (self.tile // patch // self.shuffle) ** 2
 
     def _check(self) -> None:
         general, ocr = self.vision_config, self.vision_ocr_config
@@ -89,11 +90,11 @@ class PointsConfig(PreTrainedConfig):
                     f"POINTS: the {name} encoder has {vision.num_hidden_layers} layer(s); features are the "
                     "penultimate hidden state, so at least 2 are needed"
                 )
-        side = self.tile // general.patch_size
-        if side * general.patch_size != self.tile or side % self.shuffle:
+        patch: Any = general.patch_size
+        side = self.tile // patch
+        if side * patch != self.tile or side % self.shuffle:
             raise ValueError(
-                f"POINTS: a tile of {self.tile} px gives {self.tile / general.patch_size:g} patches a side at patch "
-                f"{general.patch_size}; it must be a whole multiple of shuffle={self.shuffle}"
+                f"POINTS: a tile of {self.tile} px gives {self.tile / patch:g} patches a side at patch {patch}; it must be a whole multiple of shuffle={self.shuffle}"
             )
         for name in UNSUPPORTED_HEADS:
             if getattr(self.text_config, name, None) not in (None, 1, 1.0):

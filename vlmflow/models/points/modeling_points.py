@@ -74,7 +74,7 @@ def target_loss(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> 
     def piece(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         return nn.functional.cross_entropy(head(rows).float(), values, reduction="sum")
 
-    vocabulary = getattr(head, "out_features", 0) or head.weight.shape[0]
+    vocabulary: Any = head.out_features
     rows = max(1, LOSS_ELEMENTS // vocabulary)
     if hidden.shape[0] <= rows:
         return piece(hidden, labels)
@@ -95,7 +95,7 @@ class PointsPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
     _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings"]  # noqa: RUF012
-    input_modalities = ("image", "text")
+    input_modalities = ("image", "text")  # type: ignore[assignment]
 
 
 class PointsModel(PointsPreTrainedModel):
@@ -117,7 +117,7 @@ class PointsModel(PointsPreTrainedModel):
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 [T, S, S, 3] -> normalised [T, 3, S, S] in the encoders' dtype, on the device; floats pass through."""
-        weight = self.vision_tower.embeddings.patch_embedding.weight
+        weight = next(self.vision_tower.embeddings.patch_embedding.parameters())
         if pixels.dtype != torch.uint8:
             return pixels.to(device=weight.device, dtype=weight.dtype)
         mean = torch.tensor(self.config.image_mean, device=weight.device).view(1, 3, 1, 1)
@@ -199,6 +199,7 @@ class PointsModel(PointsPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("POINTS: give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
+            assert input_ids is not None
             inputs_embeds = self.embed(input_ids, pixel_values, image_features, dummy_tiles)
         varlen = self.language_model.config._attn_implementation == "vlmflow_varlen"
         if varlen and attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
@@ -307,14 +308,17 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
             targets=targets,
         )
 
-    def prepare_inputs_for_generation(self, *args: Any, is_first_iteration: bool = False, **kwargs: Any) -> dict:
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, *args: Any, is_first_iteration: bool = False, **kwargs: Any
+    ) -> dict[str, Any]:
         """Pixels are fed at the prefill only; without a cache they are needed at every step."""
-        inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        prepare: Callable[..., dict[str, Any]] = GenerationMixin.prepare_inputs_for_generation
+        inputs = prepare(self, *args, is_first_iteration=is_first_iteration, **kwargs)
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs["pixel_values"] = inputs["image_features"] = None
         return inputs
 
-    def _expand_inputs_for_generation(
+    def _expand_inputs_for_generation(  # type: ignore[override]
         self,
         expand_size: int = 1,
         is_encoder_decoder: bool = False,
@@ -327,9 +331,9 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
             places = (input_ids == self.config.image_token_id).sum(dim=1) // self.config.tokens_per_tile
             blocks = torch.split(pixels, places.tolist())
             pixels = torch.cat([block for block in blocks for _ in range(expand_size)])
-        expand: Callable[..., Any] = super()._expand_inputs_for_generation
+        expand: Callable[..., Any] = GenerationMixin._expand_inputs_for_generation
         input_ids, model_kwargs = expand(
-            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
+            self, expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **kwargs
         )
         if pixels is not None:
             model_kwargs["pixel_values"] = pixels
@@ -340,7 +344,7 @@ def trim_tower(tower: CLIPVisionModel) -> CLIPVisionModel:
     """Take from a CLIP encoder what POINTS never uses: the last layer and the post-layernorm (they would get no
     gradient, waste optimizer state and make data-parallel training report unused parameters)."""
     tower.encoder.layers = tower.encoder.layers[:-1]
-    tower.post_layernorm = nn.Identity()
+    tower.post_layernorm = nn.Identity()  # type: ignore[assignment]
     return tower
 
 

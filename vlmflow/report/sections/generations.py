@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmflow import storage
+from vlmflow.evaluation.table_file import local_table
 from vlmflow.report.html import Safe, absent, el, join, tag
 from vlmflow.report.page import READ_ERRORS, Page, thumbnail
 from vlmflow.report.sections.gallery import spread
@@ -74,20 +75,12 @@ def _pictures(page: Page, benchmark: str, wanted: set[str]) -> dict[str, bytes]:
     if spec is None:
         return {}
     try:
-        path = _local(page, spec.table)
+        path = local_table(spec.table, page.ctx.scratch)
         if path.stat().st_size > TABLE_LIMIT:
             return {}
         return _read(path, wanted)
     except READ_ERRORS:
         return {}
-
-
-def _local(page: Page, uri: str) -> Path:
-    if uri.startswith(("http://", "https://")):
-        from vlmflow.curation.table import localize
-
-        return localize(uri, page.ctx.scratch, frozenset(host.lower() for host in page.ctx.recipe.pull.allow_hosts))
-    return storage.cached(uri, scratch=page.ctx.scratch)
 
 
 def _read(path: Path, wanted: set[str]) -> dict[str, bytes]:

@@ -80,5 +80,5 @@ def figures(page: Page) -> Safe:
         )
     if page.timings:
         total = sum(timing.seconds for timing in page.timings)
-        items.append(("time in steps", seconds(total), f"{len(page.timings)} steps"))
+        items.append(("time in steps", seconds(total), f"{len(page.timings)} steps, added up"))
     return tiles(items) if items else Safe("")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from vlmflow.report.html import Safe, absent, code, el, join, table, tag
+from vlmflow.report.html import Safe, absent, code, el, facts, join, table, tag
 from vlmflow.report.numbers import short, size
 from vlmflow.report.page import Page
 
@@ -20,16 +20,13 @@ def section(page: Page) -> Safe:
 def _registered(found: dict[str, Any] | None) -> Safe:
     if not found:
         return absent("No version was registered.")
-    rows = [
-        [key.replace("_", " "), el("code", found[key])]
-        for key in ("name", "version", "run_id", "url", "source")
-        if found.get(key)
-    ]
+    keys = [key for key in ("name", "version", "run_id", "url", "source") if found.get(key)]
+    rows = [(key.replace("_", " "), el("code", found[key])) for key in keys]
     gates = found.get("gates") or {}
     details = found.get("gate_details") or {}
     verdicts = [[name.replace("_", " "), _mark(value), details.get(name, "")] for name, value in gates.items()]
     return join([
-        table(["", ""], rows),
+        facts(rows),
         table(["gate", "verdict", "found and asked for"], verdicts) if verdicts else absent("No gate was evaluated."),
     ])  # fmt: skip
 
@@ -47,7 +44,7 @@ def _exported(found: dict[str, Any] | None) -> Safe:
     if smoke is None:
         parts.append(absent("The smoke test of the export did not run."))
     elif isinstance(smoke, dict):
-        parts.append(_smoke(smoke))
+        parts += [el("p", "Smoke test of the directory as a stranger would load it:"), _smoke(smoke)]
     else:
         parts.append(el("p", "Smoke test: ", el("code", smoke)))
     files = [file for file in found.get("files") or [] if isinstance(file, dict)]
@@ -55,7 +52,7 @@ def _exported(found: dict[str, Any] | None) -> Safe:
         rows = [[file.get("path"), size(file.get("bytes") or 0), code(file.get("sha256"))] for file in files]
         body = table(["file", "size", "sha256"], rows, numeric=(1,))
         parts.append(
-            el("details", el("summary", f"{len(files)} files, {size(sum(f.get('bytes') or 0 for f in files))}"), body)
+            el("details", el("summary", f"Files: {len(files)}, {size(sum(f.get('bytes') or 0 for f in files))}"), body)
         )
     return join(parts)
 
@@ -69,8 +66,8 @@ def _smoke(smoke: dict[str, Any]) -> Safe:
             body = [[_value(entry.get(column)) for column in columns] for entry in value[:SMOKE_SHOWN]]
             tables.append(join([el("h3", key.replace("_", " ")), table(columns, body)]))
         else:
-            rows.append([key.replace("_", " "), _value(value)])
-    return join([table(["smoke test", ""], rows) if rows else "", *tables])
+            rows.append((key.replace("_", " "), _value(value)))
+    return join([facts(rows) if rows else "", *tables])
 
 
 def _value(value: Any) -> Any:

@@ -1,0 +1,228 @@
+"""The loop in one process: normalisation, resume, freezing, what stops it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import training_world as world
+
+from vlmflow import storage
+from vlmflow.errors import StepFailed
+from vlmflow.models.store import ModelRef, find
+from vlmflow.training import checkpoint, launch
+from vlmflow.training import run as training
+from vlmflow.training.job import Job
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("deepspeed")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A model, a dataset and the weights of an uninterrupted training."""
+    root = tmp_path_factory.mktemp("loop")
+    init = world.initial(world.context(root, world.recipe()))
+    data = world.dataset(root, [world.sample(i, images=i % 4 != 1) for i in range(24)])
+    place = SimpleNamespace(root=root, init=init, data=data)
+    place.job = make_job(place, "whole")
+    place.weights = train(place.job)
+    return place
+
+
+def make_job(place: Any, name: str, **stage: Any) -> Job:
+    ctx = world.context(place.root / name, world.recipe(**stage))
+    spec = training.stage_of(ctx.recipe, "sft")
+    job = training._job(ctx, name, name, spec, list(spec.data), place.init, {"seed": place.data})
+    (Path(job.work) / "job.json").write_text(job.model_copy(update={"tracking": {}}).model_dump_json())
+    return job.model_copy(update={"tracking": {}})
+
+
+def trainer(job: Job, stop: threading.Event | None = None) -> Any:
+    from vlmflow.training.worker import Trainer
+
+    return Trainer(job, rendezvous=f"file://{job.work}/meeting", stop=stop)
+
+
+def weights_of(job: Job) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    return load_file(job.out / "model.safetensors")
+
+
+def train(job: Job) -> dict[str, Any]:
+    trainer(job).run()
+    return weights_of(job)
+
+
+def log_of(job: Job) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in job.log.read_text().splitlines()]
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[n], b[n]) for n in a)
+
+
+def test_trainable_parameters_change_and_frozen_ones_do_not(place: Any) -> None:
+    from safetensors.torch import load_file
+
+    before = load_file(Path(place.job.model) / "model.safetensors")
+    changed = {n for n in before if not torch.equal(before[n], place.weights[n])}
+    frozen = {n for n in before if "vision_tower" in n}
+    assert changed == set(before) - frozen
+    log = log_of(place.job)
+    assert [r["step"] for r in log] == list(range(len(log)))
+    assert log[-1]["loss"] < log[0]["loss"]
+    assert set(log[0]["lr"]) == {"projector", "projector (no decay)", "language", "language (no decay)"}
+    assert (place.job.out / "tokenizer.json").exists() and (place.job.out / "config.json").exists()
+
+
+def test_four_packs_of_uneven_length_equal_one_large_pack(place: Any) -> None:
+    """The gradient is that of the sum over targets, not of a mean of means."""
+    from vlmflow.training import engine
+
+    still = {"train": [{"modules": "projector", "lr": 1e-12}, {"modules": "language", "lr": 1e-12}], "optimizer": {"clip": 1e9}}
+    many = trainer(make_job(place, "many", **still, budget={"tokens": 128, "tiles": 9}, packs=64))
+    one = trainer(make_job(place, "one", **still, budget={"tokens": 4096, "tiles": 64}, packs=1))
+    many.run()
+    one.run()
+    assert many.plan.steps == one.plan.steps == 1
+    assert len(many.plan.pack_tokens) >= 4 and len(one.plan.pack_tokens) == 1
+    assert many.plan.targets_of(0) == one.plan.targets_of(0)
+    _, several = engine.capture(many.engine)
+    _, single = engine.capture(one.engine)
+    for name, value in single.items():
+        assert torch.allclose(several[name], value, rtol=1e-4, atol=1e-8), name
+    assert log_of(many.job)[0]["grad_norm"] == pytest.approx(log_of(one.job)[0]["grad_norm"], rel=1e-4)
+    assert log_of(one.job)[0]["grad_norm"] > 0.01
+
+
+def test_loss_is_nats_per_target_of_the_model_itself(place: Any) -> None:
+    """The first logged loss equals cross-entropy of each sample computed alone."""
+    made = trainer(make_job(place, "alone", train=[{"modules": "projector", "lr": 1e-12}]))
+    micros = next(iter(_loader(made).steps()))[1]
+    total = targets = 0.0
+    for pack in made.plan.packs_of(0):
+        for number in made.plan.samples_of(pack):
+            single = _loader(made)
+            single.plan = SimpleNamespace(samples_of=lambda _, n=number: [n])
+            batch = single.micro(0).batch
+            from vlmflow.models.loss import packed_loss
+            from vlmflow.training.batch import to_torch
+
+            with torch.no_grad():
+                value, count = packed_loss(made.engine.module, to_torch(batch))
+            total, targets = total + float(value), targets + count
+    assert targets == made.plan.targets_of(0)
+    loss, _, _ = made._step(0, micros)
+    assert loss == pytest.approx(total / targets, rel=1e-4)
+
+
+def _loader(made: Any) -> Any:
+    from vlmflow.training.loader import Loader
+
+    def tile(image: Any) -> Any:
+        return made.family.tile(image, made.config)
+
+    return Loader(made.examples, made.plan, tile, made.family.positions, made.dummy, made.side, Path(made.job.scratch))
+
+
+def test_stop_saves_and_resume_is_bit_exact(place: Any) -> None:
+    from vlmflow.training.worker import Preempted
+
+    job = make_job(place, "stopped")
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Preempted):
+        trainer(job, stop).run()
+    assert len(log_of(job)) == 1
+    assert same(train(job), place.weights)
+    assert [r["step"] for r in log_of(job)] == [r["step"] for r in log_of(place.job)], "the log goes on where it was"
+
+
+def test_cut_and_unfinished_checkpoints_are_passed_over(place: Any, capsys: pytest.CaptureFixture) -> None:
+    job = make_job(place, "cut", checkpoint={"every": 1, "keep": 3})
+    train(job)
+    steps = sorted(checkpoint._steps(job.checkpoints))
+    assert len(steps) == 3, "only the newest are kept"
+    newest, middle, _ = (storage.join(job.checkpoints, f"step-{s:08d}") for s in reversed(steps))
+    storage.delete(storage.join(newest, checkpoint.MARKER))
+    path = storage.local_path(storage.join(middle, checkpoint.MOMENTS))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    capsys.readouterr()
+    assert same(train(job), place.weights)
+    said = capsys.readouterr().out
+    assert "not finished" in said and "cut or changed" in said and f"resumed at step {steps[0]}" in said
+
+
+def test_checkpoint_of_another_plan_is_refused(place: Any) -> None:
+    from vlmflow.errors import CheckpointError
+
+    job = make_job(place, "whole", packs=1)
+    base = storage.join(str(place.root / "elsewhere"), "c")
+    checkpoint.save(base, 3, {"a": torch.zeros(2)}, {"a.exp_avg": torch.zeros(2)}, {"plan": "x"}, "", place.root / "w", 2)
+    with pytest.raises(CheckpointError, match="another position in the data"):
+        trainer(job.model_copy(update={"checkpoints": base})).run()
+
+
+def test_not_a_number_stops_with_the_samples(place: Any) -> None:
+    made = trainer(make_job(place, "nan"))
+    with torch.no_grad():
+        made.engine.module.get_input_embeddings().weight.fill_(float("nan"))
+    with pytest.raises(StepFailed, match=r"step 0: the loss is nan.*k0\d\d"):
+        made.run()
+
+
+def test_killed_rank_is_reported_and_the_rerun_gives_the_same_bits(place: Any) -> None:
+    job = make_job(place, "killed")
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event["event"] == "start":
+            on_event.pid = event["pid"]  # type: ignore[attr-defined]
+        if event["event"] == "checkpoint":
+            os.kill(on_event.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+
+    with pytest.raises(StepFailed, match="SIGKILL"):
+        launch.launch([Path(job.work) / "job.json"], 1, 1, on_event)
+    assert not job.out.exists()
+    assert same(train(job), place.weights)
+
+
+def test_sigterm_then_the_step_again_publishes_the_same_model(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ctx = world.context(place.root / "published", world.recipe())
+    told = []
+
+    def interrupted(jobs: list[Path], ranks: int, threads: int, on_event: Any) -> None:
+        def event(e: dict[str, Any]) -> None:
+            on_event(e)
+            if e["event"] == "plan":
+                told.append(e)
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        launch.launch(jobs, ranks, threads, event)
+
+    monkeypatch.setattr(training, "launch", interrupted)
+    with pytest.raises(launch.TrainingPreempted) as stopped:
+        training.run(ctx, "sft", place.init, {"seed": place.data})
+    assert stopped.value.exit_code == 75 and told
+    monkeypatch.setattr(training, "launch", launch.launch)
+    ref = training.run(ctx, "sft", place.init, {"seed": place.data})
+    from safetensors.torch import load_file
+
+    assert same(load_file(storage.local_path(storage.join(ref.uri, "model.safetensors"))), place.weights)
+    assert ref.lineage.ancestor == place.init.weights_sha256 and ref.lineage.parents == [place.init.weights_sha256]
+    assert len(storage.read_bytes(ref.lineage.log_uri).splitlines()) == len(log_of(place.job))
+    assert storage.list_uris(storage.join(ctx.root, "checkpoints")) == []
+
+    def never(*_: Any) -> None:
+        raise AssertionError("trained twice")
+
+    monkeypatch.setattr(training, "launch", never)
+    again: ModelRef = training.run(ctx, "sft", place.init, {"seed": place.data})
+    assert again == ref == find(ctx, ref.uri.rsplit("/", 1)[-1])

@@ -1,0 +1,84 @@
+"""The frozen/trainable table and the schedule."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from vlmflow.errors import RecipeError
+from vlmflow.training.optimizer import Rule, make_table, parameter_groups, rate
+
+ROLES = {"vision": [r"vision\."], "vision.ocr": [r"vision_ocr\."], "projector": [r"proj\."], "language": [r"lm\."]}
+SIZES = {
+    **{f"vision.layers.{i}.w": 10 for i in range(4)},
+    "vision.embed.w": 5,
+    "vision_ocr.layers.0.w": 10,
+    "proj.w": 7,
+    "proj.bias": 1,
+    "lm.layers.0.w": 20,
+    "lm.head.w": 3,
+}
+LAYERS = {"vision": r"vision\.layers\.(\d+)\."}.get
+
+
+def table(*rules: Rule, unused: tuple[str, ...] = ()):
+    return make_table(SIZES, rules, ROLES, unused, LAYERS)
+
+
+def test_first_matching_rule_wins_and_the_rest_is_frozen() -> None:
+    made = table(Rule("re:proj\\.bias$", 1.0), Rule("projector", 2.0))
+    assert made.rule_of == {"proj.bias": 0, "proj.w": 1}
+    assert made.trainable == 8
+    assert {r.module for r in made.rows if not r.trainable} == {"vision", "vision.ocr", "language"}
+    text = made.as_text()
+    assert "projector" in text and "frozen" in text and made.as_json()["total"] == sum(SIZES.values())
+
+
+def test_last_layers_skip_those_that_are_never_used() -> None:
+    made = table(Rule("vision", 1.0, last=2), unused=(r"vision\.layers\.3\.",))
+    assert sorted(made.rule_of) == ["vision.layers.1.w", "vision.layers.2.w"]
+    assert any("never used" in r.note and not r.trainable for r in made.rows)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Rule("visoin", 1.0), r"matches none of 10 parameters.*projector"),
+        (Rule("re:nothing", 1.0), "matches none"),
+        (Rule("vision", 1.0, last=9), "has 4 layers"),
+        (Rule("projector", 1.0, last=1), "no numbered layers"),
+    ],
+)
+def test_refuses_what_cannot_be_meant(rule: Rule, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        table(rule)
+
+
+def test_refuses_a_rule_that_an_earlier_one_covers_or_that_gets_no_gradient() -> None:
+    with pytest.raises(RecipeError, match="earlier rule"):
+        table(Rule("projector", 1.0), Rule("re:proj", 1.0))
+    with pytest.raises(RecipeError, match="none of them ever gets a gradient"):
+        table(Rule("projector", 1.0), unused=(r"proj\.",))
+
+
+def test_groups_have_no_decay_on_norms_and_biases() -> None:
+    torch = pytest.importorskip("torch")
+    model = torch.nn.ModuleDict({"proj": torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3)), "lm": torch.nn.Linear(3, 3)})
+    rules = [Rule("projector", 0.5, weight_decay=0.3)]
+    sizes = {n: p.numel() for n, p in model.named_parameters()}
+    made = make_table(sizes, rules, {"projector": [r"proj\."]})
+    groups, labels = parameter_groups(model, made, rules, weight_decay=0.1)
+    decays = {label: (len(g["params"]), g["weight_decay"]) for g, label in zip(groups, labels, strict=True)}
+    assert decays == {"projector (no decay)": (3, 0.0), "projector": (1, 0.3)}
+    assert [p.requires_grad for p in model["lm"].parameters()] == [False, False]
+
+
+def test_schedule_is_a_pure_function_of_the_step() -> None:
+    assert [rate(s, 10, "cosine", 0.2) for s in (0, 1, 2)] == [0.5, 1.0, 1.0]
+    assert rate(6, 10, "cosine", 0.2) == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
+    assert rate(9, 10, "linear", 0.0, final=0.1) == pytest.approx(0.1 + 0.9 * 0.1)
+    assert {rate(s, 10, "constant", 0.0) for s in range(10)} == {1.0}
+    assert all(rate(s, 10, name, 0.03) > 0 for s in range(10) for name in ("cosine", "linear", "constant"))
+    with pytest.raises(RecipeError, match="cosine"):
+        rate(0, 10, "cosin", 0.0)
