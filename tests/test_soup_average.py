@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,14 +10,16 @@ import signal
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vlmflow.errors import ModelError
+from vlmflow.errors import ModelError, NoSpace
 from vlmflow.soup import average as module
 from vlmflow.soup.accumulate import from_float64
 from vlmflow.soup.average import Parent, average
@@ -243,6 +246,28 @@ def test_killed_half_way_leaves_nothing_and_the_next_run_gives_the_same_bytes(tm
     assert not (tmp_path / "soup").exists() and (tmp_path / "soup.partial").exists()
     assert content(average(p, tmp_path / "soup")) == expected
     assert not (tmp_path / "soup.partial").exists()
+
+
+@pytest.mark.parametrize("when", ["before", "while writing"])
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str) -> None:
+    p = parents(tmp_path, 2)
+    before = sorted(x.name for x in tmp_path.iterdir())
+    with monkeypatch.context() as m:
+        if when == "before":
+            m.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=100))
+        else:
+            m.setattr("os.fsync", raises(OSError(errno.ENOSPC, "No space left on device")))
+        with pytest.raises(NoSpace, match=r"needs 1262 bytes .* are free; nothing was left"):
+            average(p, tmp_path / "soup")
+    assert sorted(x.name for x in tmp_path.iterdir()) == before
+    assert average(p, tmp_path / "soup").is_dir()
+
+
+def raises(error: Exception) -> Callable[..., None]:
+    def call(*_: object) -> None:
+        raise error
+
+    return call
 
 
 def test_memory_does_not_grow_with_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

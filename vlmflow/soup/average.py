@@ -7,6 +7,7 @@ published POINTS helper averages integer buffers and forgets the image processor
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmflow.errors import ModelError
+from vlmflow.errors import ModelError, NoSpace
 from vlmflow.soup.accumulate import Accumulator, to_float64
 from vlmflow.soup.tensors import (
     EXACT,
@@ -70,7 +71,9 @@ def average(
         opened = [stack.enter_context(open_weights(p.folder)) for p in parents]
         check(parents, opened)
         partial.mkdir(parents=True)
+        needed = sum(t.nbytes for t in opened[0].tensors.values())
         try:
+            _check_space(partial, needed)
             for file in opened[0].files:
                 _write_file(partial / file, file, parents, opened, share, advance or (lambda n: None))
             for name in _side_files(parents[0].folder) + ([INDEX] if (parents[0].folder / INDEX).is_file() else []):
@@ -78,10 +81,24 @@ def average(
                 shutil.copyfile(parents[0].folder / name, partial / name)
             shutil.rmtree(out, ignore_errors=True)
             os.replace(partial, out)
-        except BaseException:
+        except BaseException as e:
             shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise NoSpace(_no_space(out, needed)) from None
             raise
     return out
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    if shutil.disk_usage(folder).free < needed:
+        raise NoSpace(_no_space(folder, needed))
+
+
+def _no_space(folder: Path, needed: int) -> str:
+    return (
+        f"the mean of the models needs {needed} bytes under {folder.parent}, {shutil.disk_usage(folder.parent).free} are "
+        "free; nothing was left behind. Make room or set another scratch folder, then run again."
+    )
 
 
 def check(parents: Sequence[Parent], opened: Sequence[Weights]) -> None:
