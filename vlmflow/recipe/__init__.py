@@ -107,6 +107,8 @@ class Recipe(Section):
             problems.append(f"soup.stage: '{self.soup.stage}' is not a stage; stages are {list(self.stages)}")
         elif self.soup.stage != list(self.stages)[-1]:
             problems.append(f"soup.stage: '{self.soup.stage}' must be the last stage; the order is {list(self.stages)}")
+        if taken := sorted({"greedy", "average", "maximum"} & set(self.soup.candidates)):
+            problems.append(f"soup.candidates: {taken} name soups and cannot name candidates; choose other names")
         if self.soup.maximum > len(self.soup.candidates):
             problems.append(
                 f"soup.maximum: {self.soup.maximum} models are asked for, but there are {len(self.soup.candidates)} candidates"
