@@ -27,7 +27,7 @@ def test_rules_engine_says_so_and_accounts_for_every_sample(tmp_path, captioned)
     assert rows["k0"]["text"] == "a red 10 square, crimson tile, lot KX-1-B." and rows["k0"]["engine"] == "rules"
     assert rows["k1"] == rows["k1"] | {"text": "a red 11 square.", "engine": "none", "problems": ["alt_empty"]}
     assert rows["k2"]["text"] == "a red 12 square." and rows["k2"]["problems"] == ["alt_empty"]
-    assert rows["k5"]["text"] == "a red 15 square, Anna's square."
+    assert rows["k5"]["text"] == "a red 15 Anna's square."
     assert rows["k6"]["error"] == "upstream: synthetic: no image" and rows["k6"]["problems"] == ["no_synthetic"]
     summary = sealed.layers["fused"].summary
     assert summary["engines"] == {"failed": 1, "none": 2, "rules": 4}

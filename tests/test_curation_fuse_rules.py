@@ -24,6 +24,10 @@ from vlmflow.curation.textnorm import normal, supported, tokens, vocabulary
         ("Vintage Nikon F3 camera - Shutterstock", "a camera on a wooden table", "a Vintage Nikon F3 camera on a wooden table."),
         ("old oak tree", "There is a tree in a field", "an old oak tree in a field."),
         ("the printed word house (2)", "the word house.", "the printed word house."),
+        ("London skyline wallpaper HD 1920x1080", "a city skyline at night", "a London city skyline at night."),
+        ("ceramic mug, 12oz", "a blue coffee mug sitting on a table", "a ceramic blue coffee mug sitting on a table, 12oz."),
+        ("Three little pigs book cover", "a book cover with three pigs on it", "a book cover with three little pigs on it."),
+        ("Dr. Smith at St. Mary's, 5 p.m.", "a doctor in a hall.", "a doctor in a hall, Dr. Smith at St. Mary's, with 5 p.m."),
         # the alt text wins
         ("bar chart with 4 bars", "a bar chart with three bars", "a bar chart with 4 bars."),
         ("three dogs playing", "two dogs playing in the park", "three dogs playing in the park."),

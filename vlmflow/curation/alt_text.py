@@ -38,7 +38,7 @@ _BOILERPLATE = re.compile(
     r"click (?:here )?(?:to|for) (?:enlarge|zoom|view|see)(?: (?:the )?(?:full )?(?:image|photo|picture|size))?|"
     r"click (?:to|for) (?:a )?larger(?: (?:image|view))?|click here|"
     r"(?:this )?image may contain:?(?: [\w ,]+)?|may be an image of|no (?:photo )?description available|"
-    r"(?:hd|4k|desktop|mobile|free|iphone) wallpapers?|image gallery|photo gallery|thumbnails?|"
+    r"(?:hd|4k|desktop|mobile|free|iphone) wallpapers?|wallpapers? (?:hd|4k)|image gallery|photo gallery|thumbnails?|"
     r"(?:free|fast) shipping|buy (?:it )?(?:online|now)|add to (?:cart|basket)|shop now|for sale|best price|on sale|"
     r"(?:no\.? ?|number ?|#)1 choice|read more|learn more|see more|view (?:larger|full size|all)|free download|download (?:now|free|here)|"
     r"loading(?:\.{2,}|…)|all rights reserved|copyright|watermark(?:ed)?|photo credit:?|image credit:?|courtesy of|"

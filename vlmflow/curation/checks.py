@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from vlmflow.curation.alt_text import clean_alt, unescape
 from vlmflow.curation.textnorm import Token, supported, tokens, vocabulary
-from vlmflow.curation.word_lists import FUNCTION_WORDS, GENERIC, MEDIA, MONTHS
+from vlmflow.curation.word_lists import ABBREVIATIONS, FUNCTION_WORDS, GENERIC, MEDIA, MONTHS
 
 CODES = {
     "empty": "the answer holds no word",
@@ -85,7 +85,7 @@ def problems(
     note("refusal", _REFUSAL.search(text) and not _REFUSAL.search(both))
     note("leak", _LEAK.search(text) and not _LEAK.search(both))
     note("truncated", finish == "length" or not _END.search(text.strip()))
-    note("many", "\n" in text.strip() or len(re.findall(r"[.!?](?=\s+[A-Z\"“])", text)) >= limits.max_sentences)
+    note("many", "\n" in text.strip() or _ends(text) >= limits.max_sentences)
     n_alt, n_synthetic = len(clean_alt(alt).split()), len(synthetic.split())
     shorter = min(n for n in (n_alt, n_synthetic, 10**6) if n) if (n_alt or n_synthetic) else 0
     n_words = len(text.split())
@@ -101,6 +101,14 @@ def problems(
     note("ignored", _ignores(words, clean_alt(alt)))
     note("script", _scripts(text) - _scripts(both))
     return found
+
+
+def _ends(text: str) -> int:
+    """How many sentences end before the last one; the dots of abbreviations and initials are none."""
+    return sum(
+        word.casefold() not in ABBREVIATIONS and len(word) > 1
+        for word in re.findall(r"([^\s.!?]*)[.!?][\"”']*(?=\s+[A-Z\"“])", text)
+    )
 
 
 def repetition(words: list[str], n: int = 3) -> float:

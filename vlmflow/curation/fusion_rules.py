@@ -13,7 +13,16 @@ from dataclasses import dataclass, replace
 from vlmflow.curation.alt_text import clean_alt, unescape
 from vlmflow.curation.fusion_conflicts import alt_wins
 from vlmflow.curation.textnorm import Token, tokens
-from vlmflow.curation.word_lists import COLOURS, DETERMINERS, GENERIC, INSCRIBED, LABELLED, MEDIA, PREPOSITIONS
+from vlmflow.curation.word_lists import (
+    COLOURS,
+    DANGLING,
+    DETERMINERS,
+    GENERIC,
+    INSCRIBED,
+    LABELLED,
+    MEDIA,
+    PREPOSITIONS,
+)
 
 CONNECTORS = frozenset({"a", "an", "the", "in", "of", "with", "and"})
 """The only words that a fused caption may hold though neither source does."""
@@ -65,9 +74,9 @@ def structure(synthetic: str) -> list[Token]:
             sentence = sentence[len(meta.split()) :]
             break
     base = _without_loops(tokens(" ".join(sentence)))
-    while base and not base[-1].content:
+    while base and base[-1].text.casefold() in DANGLING:
         base = base[:-1]
-    return base
+    return base if any(token.content for token in base) else []
 
 
 def _without_loops(words: list[Token]) -> list[Token]:
@@ -146,9 +155,22 @@ def _modified(base: list[Token], run: list[Token], target: Token) -> int | None:
         if t.text.casefold() == target.text.casefold() and not t.lead:
             if target.kind == "number" and i and base[i - 1].norm in LABELLED and run[0].norm in INSCRIBED:
                 i -= 1  # a handwritten digit 8, not a digit handwritten 8
-            before = base[i - 1] if i else None
-            return None if before is not None and (before.stop or before.kind == "number") else i
+            if i and (base[i - 1].stop or (base[i - 1].kind == "number" and any(r.kind == "number" for r in run))):
+                return None
+            return i if target.text[:1].isupper() else _before_modifiers(base, i)
     return None
+
+
+def _before_modifiers(base: list[Token], i: int) -> int:
+    """Where the noun phrase of base[i] begins after its article: "a | blue coffee mug"; i when that is unclear."""
+    at = i - 1
+    if at > 0 and base[at].content and base[at].kind == "word" and not base[i].text.endswith(("ing", "ed")):
+        at -= 1
+        while at > 0 and base[at].norm in COLOURS:
+            at -= 1
+        if base[at].text.casefold() in ("a", "an", "the") and not any(t.stop for t in base[at:i]):
+            return at + 1
+    return i
 
 
 def _lone(phrase: list[Token], start: int, end: int) -> bool:
@@ -249,4 +271,5 @@ def _sentence(words: list[Token]) -> str:
     for i, token in enumerate(words):
         comma = "," if token.stop and i + 1 < len(words) and not token.trail.endswith(",") else ""
         parts.append(token.surface + comma)
-    return " ".join(parts).rstrip(" ,;:") + "."
+    text = " ".join(parts).rstrip(" ,;:")
+    return text if text.endswith(".") else text + "."

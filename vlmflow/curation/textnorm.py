@@ -111,8 +111,11 @@ def _tokens(text: str) -> tuple[Token, ...]:
     return tuple(out)
 
 
+_INITIALS = re.compile(r"^[A-Z]$|^(?:[A-Za-z]\.)+[A-Za-z]$")  # J. (Smith), p.m., U.S.
+
+
 def _abbreviated(core: str, after: str) -> bool:
-    return after == "." and (core.casefold() in ABBREVIATIONS or (len(core) == 1 and core.isupper()))
+    return after[:1] == "." and (core.casefold() in ABBREVIATIONS or _INITIALS.match(core) is not None)
 
 
 def _ended(token: Token) -> Token:

@@ -31,6 +31,9 @@ PREPOSITIONS = words_of(
 )
 DETERMINERS = words_of("a an the this that these those its his her their our my your some")
 
+DANGLING = PREPOSITIONS | DETERMINERS | words_of("and or but is are was were to as very which who whose while")
+"""Words with which no sentence ends: what follows was cut off."""
+
 MEDIA = words_of(
     "scan photo photograph picture image drawing sketch painting illustration screenshot plot chart graph "
     "diagram figure poster print engraving map render"
