@@ -11,6 +11,7 @@ import io
 import json
 import tarfile
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ class ShardReader:
     def __init__(self, shard: ShardRef | str | Path, scratch: str | Path | None = None) -> None:
         ref = shard if isinstance(shard, ShardRef) else None
         self.uri = ref.uri if ref else str(shard)
-        self.path = storage.cached(self.uri, ref.sha256 if ref else None, scratch)
+        self._sha256, self._scratch = ref.sha256 if ref else None, scratch
         index = storage.cached(self.uri + INDEX_SUFFIX, None, scratch)
         self.index: dict[str, dict[str, list[int]]] = json.loads(index.read_bytes())
         if ref and len(self.index) != ref.samples:
@@ -108,6 +109,11 @@ class ShardReader:
                 f"{self.uri}: the index lists {len(self.index)} samples but the manifest says {ref.samples}; "
                 "delete the shard and its index and run the step that made them again"
             )
+
+    @cached_property
+    def path(self) -> Path:
+        """The tar on local disk, fetched and verified when first needed: keys come from the index alone."""
+        return storage.cached(self.uri, self._sha256, self._scratch)
 
     def __len__(self) -> int:
         return len(self.index)
