@@ -11,9 +11,14 @@ from pathlib import Path
 BLOCKED = {"vlmflow", "kfp", "mlflow", "deepspeed", "torchvision"}
 
 
-def main() -> None:
-    for name in BLOCKED:  # packages that a user of the export does not have: absent for import and for find_spec
+def block() -> None:
+    """Make packages that a user of the export does not have absent, for import and for find_spec."""
+    for name in BLOCKED:
         sys.modules[name] = None  # type: ignore[assignment]
+
+
+def main() -> None:
+    block()
     job = json.loads(Path(sys.argv[1]).read_text())
     import torch
     from PIL import Image
