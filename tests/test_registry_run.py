@@ -67,7 +67,9 @@ def test_a_version_carries_lineage_scores_and_gates(environment, tmp_path):
 
     from mlflow.artifacts import download_artifacts
 
-    local = download_artifacts(f"models:/{made.name}/{made.version}", dst_path=str(tmp_path), tracking_uri=environment.mlflow_uri)
+    local = download_artifacts(
+        f"models:/{made.name}/{made.version}", dst_path=str(tmp_path), tracking_uri=environment.mlflow_uri
+    )
     assert (Path(local) / "model.safetensors").read_bytes() == b"weights"
     assert urllib.request.urlopen(made.url.split("#")[0], timeout=10).status == 200
 

@@ -193,14 +193,16 @@ class Refusing(http.server.BaseHTTPRequestHandler):
 
     def respond(self):
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = f"<?xml version='1.0'?><Error><Code>{self.answer[1]}</Code><RequestId>40440304</RequestId></Error>".encode()
+        body = (
+            f"<?xml version='1.0'?><Error><Code>{self.answer[1]}</Code><RequestId>40440304</RequestId></Error>".encode()
+        )
         self.send_response(self.answer[0])
         self.send_header("Content-Type", "application/xml")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_PUT = do_POST = do_DELETE = respond  # noqa: N815 - names given by http.server
+    do_GET = do_PUT = do_POST = do_DELETE = respond
 
     def log_message(self, *_):
         pass

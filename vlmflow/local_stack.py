@@ -11,12 +11,8 @@ their s3:// address). Facts and flags: platform.md 4.1 (MLflow) and 6.3 (rclone)
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import importlib.util
-import json
 import os
-import secrets
 import shutil
 import socket
 import subprocess
@@ -24,37 +20,18 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from vlmflow import processes
+from vlmflow import local_state, processes
 from vlmflow.errors import ServiceError
+from vlmflow.local_state import LOOPBACK, SERVICES, StackInfo
 
-BUCKET = "vlmflow"
-LOOPBACK = "127.0.0.1"
-SERVICES = ("s3", "mlflow")
 START_SECONDS = {"s3": 30.0, "mlflow": 120.0}  # a cold disk makes the first import of mlflow slow
+DEAF_SECONDS = 15.0  # a live server may be starting or busy; one that is silent for longer is replaced
 POLL_SECONDS = 0.05
-LEAST_FREE_BYTES = 256 * 2**20  # below this a store accepts a few objects and then fails in the middle of a step
 TAIL_LINES = 15
-
-
-@dataclass(frozen=True)
-class StackInfo:
-    """Where the running stack is and how to sign in. `secret_key` is left out of repr so that it stays out of logs."""
-
-    s3_endpoint: str
-    access_key: str
-    secret_key: str = field(repr=False)
-    bucket: str
-    mlflow_uri: str
-    state_dir: Path
-
-    @property
-    def root(self) -> str:
-        """Storage root of the stack, `s3://BUCKET`."""
-        return f"s3://{self.bucket}"
 
 
 @dataclass(frozen=True)
@@ -83,19 +60,19 @@ def up(
     state = Path(state_dir).absolute()
     say = report or (lambda _text: None)
     try:
-        _prepare(state)
-        with _locked(state):
-            info = _load_or_choose(state)
+        local_state.prepare(state)
+        with local_state.locked(state):
+            info = local_state.load_or_choose(state)
             waiting = [name for name in services if not _adopt(state, name, info)]
-            taken = [name for name in waiting if not _free(_port(state, name))]
+            taken = [name for name in waiting if not local_state.is_free(local_state.port_of(state, name))]
             if taken:
-                info = _load_or_choose(state, forget=taken)
+                info = local_state.load_or_choose(state, forget=taken)
             for name in waiting:
-                say(f"starting {name} at {_url(info, name)}")
+                say(f"starting {name} at {local_state.url_of(info, name)}")
                 _start(state, name, info)
             for name in waiting:
                 info = _wait(state, name, info)
-                say(f"{name} is ready at {_url(info, name)}")
+                say(f"{name} is ready at {local_state.url_of(info, name)}")
             return info
     except OSError as error:
         raise ServiceError(
@@ -112,17 +89,17 @@ def down(state_dir: str | Path = ".vlmflow") -> list[str]:
     state = Path(state_dir).absolute()
     if not state.is_dir():
         return []
-    with _locked(state):
+    with local_state.locked(state):
         return [name for name in SERVICES if _stop(state, name)]
 
 
 def status(state_dir: str | Path = ".vlmflow") -> list[ServiceStatus]:
     """Both servers' state, for `vlmflow status`. Starts and changes nothing."""
     state = Path(state_dir).absolute()
-    info = _load(state)
+    info = local_state.load(state)
     found = []
     for name in SERVICES:
-        mark = processes.read_mark(_pid_file(state, name))
+        mark = processes.read_mark(local_state.pid_file(state, name))
         running = mark is not None and processes.alive(mark)
         found.append(
             ServiceStatus(
@@ -130,9 +107,9 @@ def status(state_dir: str | Path = ".vlmflow") -> list[ServiceStatus]:
                 running=running,
                 healthy=running and info is not None and _healthy(name, info),
                 pid=mark.pid if mark and running else None,
-                url=_url(info, name) if info else None,
+                url=local_state.url_of(info, name) if info else None,
                 rss_bytes=processes.session_rss(mark.pid) if mark and running else 0,
-                log=_log_file(state, name),
+                log=local_state.log_file(state, name),
             )
         )
     return found
@@ -156,121 +133,22 @@ def environment(info: StackInfo) -> dict[str, str]:
     }
 
 
-# --- state on disk ---------------------------------------------------------------------------------------------------
-
-
-def _pid_file(state: Path, name: str) -> Path:
-    return state / "run" / f"{name}.json"
-
-
-def _log_file(state: Path, name: str) -> Path:
-    return state / "logs" / f"{name}.log"
-
-
-def _url(info: StackInfo, name: str) -> str:
-    return info.s3_endpoint if name == "s3" else info.mlflow_uri
-
-
-def _prepare(state: Path) -> None:
-    """Make the folders (a bucket of rclone is a folder, so this also makes the bucket) and check for space."""
-    for folder in ("run", "logs", f"s3/{BUCKET}", "mlflow/artifacts"):
-        (state / folder).mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(state).free
-    if free < LEAST_FREE_BYTES:
-        raise ServiceError(
-            f"disk of {state} has {free / 2**20:.0f} MiB free, the local stack wants at least "
-            f"{LEAST_FREE_BYTES / 2**20:.0f} MiB: object store and MLflow's database would fail in the middle of a "
-            "step. Free space or choose another state folder."
-        )
-
-
-@contextlib.contextmanager
-def _locked(state: Path) -> Iterator[None]:
-    """One `up` or `down` at a time for a state folder; the lock goes with the process that holds it."""
-    with open(state / "lock", "w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-
-
-def _load(state: Path) -> StackInfo | None:
-    try:
-        ports = json.loads((state / "stack.json").read_text())
-        keys = json.loads((state / "credentials.json").read_text())
-        return StackInfo(
-            s3_endpoint=f"http://{LOOPBACK}:{ports['s3']}",
-            access_key=keys["access_key"],
-            secret_key=keys["secret_key"],
-            bucket=BUCKET,
-            mlflow_uri=f"http://{LOOPBACK}:{ports['mlflow']}",
-            state_dir=state,
-        )
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None  # never written, or damaged by hand: `up` writes it again
-
-
-def _load_or_choose(state: Path, forget: list[str] | None = None) -> StackInfo:
-    """Ports and keys of this state folder, chosen at random once; `forget` names services that need a new port."""
-    keys_path, ports_path = state / "credentials.json", state / "stack.json"
-    if _read_keys(keys_path) is None:
-        keys = {"access_key": f"vlmflow{secrets.token_hex(6)}", "secret_key": secrets.token_urlsafe(30)}
-        processes.write_private(keys_path, json.dumps(keys, indent=1))
-    try:
-        ports = {name: int(json.loads(ports_path.read_text())[name]) for name in SERVICES}
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        ports, forget = {}, list(SERVICES)
-    if forget:
-        ports.update(zip(forget, _free_ports(len(forget)), strict=True))
-        processes.write_private(ports_path, json.dumps(ports, indent=1))
-    info = _load(state)
-    if info is None:
-        raise ServiceError(f"{ports_path} or {keys_path} is not readable right after it was written; remove them")
-    return info
-
-
-def _read_keys(path: Path) -> dict[str, str] | None:
-    try:
-        keys = json.loads(path.read_text())
-        return keys if keys["access_key"] and keys["secret_key"] else None
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _port(state: Path, name: str) -> int:
-    return int(json.loads((state / "stack.json").read_text())[name])
-
-
-def _free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT can be bound by a server
-        try:
-            probe.bind((LOOPBACK, port))
-        except OSError:
-            return False
-    return True
-
-
-def _free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((LOOPBACK, 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-# --- one server ------------------------------------------------------------------------------------------------------
-
-
 def _adopt(state: Path, name: str, info: StackInfo) -> bool:
     """True when our server of that name runs and answers; a deaf one is stopped so that it can be started again."""
-    mark = processes.read_mark(_pid_file(state, name))
-    if mark and processes.alive(mark) and _healthy(name, info):
-        return True
+    mark = processes.read_mark(local_state.pid_file(state, name))
+    limit = time.monotonic() + DEAF_SECONDS
+    while mark and processes.alive(mark):
+        if _healthy(name, info):
+            return True
+        if time.monotonic() > limit:
+            break
+        time.sleep(POLL_SECONDS)
     _stop(state, name)
     return False
 
 
 def _stop(state: Path, name: str) -> bool:
-    path = _pid_file(state, name)
+    path = local_state.pid_file(state, name)
     mark = processes.read_mark(path)
     stopped = mark is not None and processes.alive(mark)
     if mark is not None:
@@ -324,43 +202,43 @@ def _server_environment(info: StackInfo) -> dict[str, str]:
 
 
 def _start(state: Path, name: str, info: StackInfo) -> None:
-    command = _command(state, name, _port(state, name))
+    command = _command(state, name, local_state.port_of(state, name))
     if name == "mlflow" and not (state / "mlflow" / "ready").exists():
         for half_made in (state / "mlflow").glob("mlflow.db*"):  # killed while it created its tables the first time
             half_made.unlink()
-    with open(_log_file(state, name), "wb") as log:
+    with open(local_state.log_file(state, name), "wb") as log:
         child = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
             env=_server_environment(info), cwd=state, start_new_session=True,
         )  # fmt: skip
-    processes.write_mark(_pid_file(state, name), child.pid, folder=state)
+    processes.write_mark(local_state.pid_file(state, name), child.pid, folder=state)
 
 
 def _wait(state: Path, name: str, info: StackInfo, retry: bool = True) -> StackInfo:
     """Wait until the server answers. A port lost to another program between choice and bind gets one new choice."""
     limit = time.monotonic() + START_SECONDS[name]
     while time.monotonic() < limit:
-        mark = processes.read_mark(_pid_file(state, name))
+        mark = processes.read_mark(local_state.pid_file(state, name))
         if mark is None or not processes.alive(mark):
-            tail = _tail(_log_file(state, name))
+            tail = _tail(local_state.log_file(state, name))
             if retry and "address already in use" in tail.lower():
-                info = _load_or_choose(state, forget=[name])
+                info = local_state.load_or_choose(state, forget=[name])
                 _start(state, name, info)
                 return _wait(state, name, info, retry=False)
             raise ServiceError(
-                f"the {name} server ended before it answered at {_url(info, name)}. "
-                f"The end of {_log_file(state, name)}:\n{tail}"
+                f"the {name} server ended before it answered at {local_state.url_of(info, name)}. "
+                f"The end of {local_state.log_file(state, name)}:\n{tail}"
             )
         if _healthy(name, info):
             if name == "mlflow":
                 (state / "mlflow" / "ready").touch()
             return info
         time.sleep(POLL_SECONDS)
-    tail = _tail(_log_file(state, name))
+    tail = _tail(local_state.log_file(state, name))
     _stop(state, name)
     raise ServiceError(
-        f"the {name} server did not answer at {_url(info, name)} within {START_SECONDS[name]:.0f} s and was stopped. "
-        f"The end of {_log_file(state, name)}:\n{tail}"
+        f"the {name} server did not answer at {local_state.url_of(info, name)} within {START_SECONDS[name]:.0f} s and was stopped. "
+        f"The end of {local_state.log_file(state, name)}:\n{tail}"
     )
 
 

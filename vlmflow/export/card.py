@@ -39,7 +39,15 @@ class CardInputs:
 
 def render(inputs: CardInputs) -> str:
     """The card as Markdown with YAML front matter."""
-    parts = [_front(inputs), _about(inputs), _scores(inputs), USAGE, _data(inputs), _training(inputs), _identity(inputs)]
+    parts = [
+        _front(inputs),
+        _about(inputs),
+        _scores(inputs),
+        USAGE,
+        _data(inputs),
+        _training(inputs),
+        _identity(inputs),
+    ]
     return "\n\n".join(part.strip() for part in parts if part.strip()) + "\n"
 
 
@@ -129,7 +137,9 @@ def _scores(inputs: CardInputs) -> str:
 
 
 def _score(row: ScoreRow | None) -> str:
-    return f"{100 * row.score:.1f} [{100 * row.interval[0]:.1f}, {100 * row.interval[1]:.1f}]" if row else "not measured"
+    return (
+        f"{100 * row.score:.1f} [{100 * row.interval[0]:.1f}, {100 * row.interval[1]:.1f}]" if row else "not measured"
+    )
 
 
 def _data(inputs: CardInputs) -> str:
@@ -143,7 +153,13 @@ def _data(inputs: CardInputs) -> str:
         for layer, ref in sorted(manifest.layers.items()):
             steps.append(f"| {name} | {layer} | {_cell(_flat(ref.summary))} | `{ref.digest[:16]}` |")
     if steps:
-        lines += ["", "What curation computed on it:", "", "| dataset | layer | summary | digest |", "| --- | --- | --- | --- |"]
+        lines += [
+            "",
+            "What curation computed on it:",
+            "",
+            "| dataset | layer | summary | digest |",
+            "| --- | --- | --- | --- |",
+        ]
         lines += steps
     return "\n".join(lines)
 
@@ -157,7 +173,9 @@ def _training(inputs: CardInputs) -> str:
         trained = ", ".join(
             f"{rule.modules}{f' last {rule.last}' if rule.last else ''} ({rule.lr:g})" for rule in stage.train
         )
-        data = ", ".join(f"{use.dataset}: {use.text}{' (kept)' if use.keep else ''} x {use.weight:g}" for use in stage.data)
+        data = ", ".join(
+            f"{use.dataset}: {use.text}{' (kept)' if use.keep else ''} x {use.weight:g}" for use in stage.data
+        )
         schedule = f"{stage.schedule.name}, warm-up {stage.schedule.warmup:g}"
         length = f"{stage.epochs:g} epochs" + (f", at most {stage.max_steps} steps" if stage.max_steps else "")
         length += f", {stage.packs} packs of {stage.budget.tokens} tokens a step"
@@ -176,12 +194,19 @@ def _soup(inputs: CardInputs) -> list[str]:
         lines += ["", "| ingredient | weights |", "| --- | --- |"]
         lines += [f"| {_cell(name)} | `{sha}` |" for name, sha in sorted(soup["ingredients"].items())]
     if soup.get("trace"):
-        lines += ["", "Greedy search (accuracy on the selection split):", "", "| step | candidate | before | after | accepted |"]
+        lines += [
+            "",
+            "Greedy search (accuracy on the selection split):",
+            "",
+            "| step | candidate | before | after | accepted |",
+        ]
         lines.append("| --- | --- | --- | --- | --- |")
         for step in soup["trace"]:
             before = "" if step.get("before") is None else f"{100 * step['before']:.1f}"
             accepted = "yes" if step.get("accepted") else "no"
-            lines.append(f"| {step['step']} | {_cell(step['candidate'])} | {before} | {100 * step['after']:.1f} | {accepted} |")
+            lines.append(
+                f"| {step['step']} | {_cell(step['candidate'])} | {before} | {100 * step['after']:.1f} | {accepted} |"
+            )
     return lines
 
 

@@ -76,8 +76,15 @@ def remote_code(path: Path, siblings: set[str]) -> str:
     """
     text = path.read_text()
     for name in sorted(siblings):
-        text = re.sub(rf"^(\s*)from vlmflow(?:\.\w+)*\.{Path(name).stem} import ", rf"\1from .{Path(name).stem} import ", text, flags=re.M)
+        text = re.sub(
+            rf"^(\s*)from vlmflow(?:\.\w+)*\.{Path(name).stem} import ",
+            rf"\1from .{Path(name).stem} import ",
+            text,
+            flags=re.M,
+        )
     for node in ast.walk(ast.parse(text)):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)):
+            continue
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if any(name.split(".")[0] == "vlmflow" for name in names):
@@ -109,7 +116,7 @@ def _weights(source: Path, target: Path, shard_bytes: int) -> None:
     size = 0
     for path in files:
         with safe_open(path, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a dict
+            for name in opened.keys():
                 tensor = opened.get_tensor(name)
                 here = tensor.numel() * tensor.element_size()
                 if groups[-1] and size + here > shard_bytes:

@@ -50,7 +50,9 @@ class SmokeResult(BaseModel):
     exported: list[str]
 
 
-def compare(trained: Path, exported: Path, questions: list[Question], max_new_tokens: int, scratch: Path) -> SmokeResult:
+def compare(
+    trained: Path, exported: Path, questions: list[Question], max_new_tokens: int, scratch: Path
+) -> SmokeResult:
     """Ask both and compare. Raises ModelError when the export does not load alone or says something else."""
     if not questions:
         raise ModelError("the smoke test of an export needs at least one question")
@@ -85,7 +87,9 @@ def compare(trained: Path, exported: Path, questions: list[Question], max_new_to
     return result
 
 
-def _ask_export(folder: Path, questions: list[Question], max_new_tokens: int, work: Path) -> tuple[list[str], list[Any]]:
+def _ask_export(
+    folder: Path, questions: list[Question], max_new_tokens: int, work: Path
+) -> tuple[list[str], list[Any]]:
     import torch
     from safetensors.torch import load_file
 
@@ -119,7 +123,9 @@ def _ask_export(folder: Path, questions: list[Question], max_new_tokens: int, wo
         )
     report = json.loads((work / "answers.json").read_text())
     if report["blocked"] or report["code"] != "transformers_modules":
-        raise ModelError(f"the smoke test did not run on the exported code alone: {report['blocked']}, {report['code']}")
+        raise ModelError(
+            f"the smoke test did not run on the exported code alone: {report['blocked']}, {report['code']}"
+        )
     logits = load_file(work / "logits.safetensors")
     return report["answers"], [logits[str(number)] for number in range(len(questions))]
 

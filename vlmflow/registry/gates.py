@@ -59,7 +59,11 @@ def times_chance(rows: Iterable[ScoreRow], final: str, factors: Mapping[str, flo
     parts, passed = [], True
     for benchmark, factor in sorted(factors.items()):
         score = found.get(benchmark)
-        parts.append(f"{benchmark} {score.score:.3f} of {factor:g} x {score.chance:.3f}" if score else f"{benchmark} not measured")
+        parts.append(
+            f"{benchmark} {score.score:.3f} of {factor:g} x {score.chance:.3f}"
+            if score
+            else f"{benchmark} not measured"
+        )
         passed = passed and score is not None and score.score > 0 and score.score >= factor * score.chance
     return GateResult("times_chance", passed, "; ".join(parts) or "no multiples asked for")
 
@@ -70,7 +74,9 @@ def better_than_untrained(rows: Iterable[ScoreRow], final: str, untrained: str) 
     before, parts, passed = of_row(rows, untrained), [], True
     for name, score in sorted(of_row(rows, final).items()):
         start = before.get(name)
-        parts.append(f"{name} {score.score:.3f} vs {start.score:.3f}" if start else f"{name} not measured for '{untrained}'")
+        parts.append(
+            f"{name} {score.score:.3f} vs {start.score:.3f}" if start else f"{name} not measured for '{untrained}'"
+        )
         passed = passed and start is not None and score.score > start.score
     return GateResult("better_than_untrained", passed and bool(parts), "; ".join(parts) or "nothing measured")
 
@@ -89,7 +95,9 @@ def lineage_complete(model: ModelRef, known_data: Iterable[str], recipe_digest: 
         missing.append("datasets")
     if not recipe_digest:
         missing.append("recipe digest")
-    missing += [f"manifest {digest[:12]} (trained on, not recorded)" for digest in model.lineage.data if digest not in known]
+    missing += [
+        f"manifest {digest[:12]} (trained on, not recorded)" for digest in model.lineage.data if digest not in known
+    ]
     return GateResult("lineage_complete", not missing, "missing: " + ", ".join(missing) if missing else "complete")
 
 
@@ -109,7 +117,13 @@ def weights_unchanged(model: ModelRef) -> GateResult:
 
 
 def evaluate(
-    rows: Iterable[ScoreRow], final: str, untrained: str, spec: GatesSpec, model: ModelRef, known_data: Iterable[str], recipe_digest: str
+    rows: Iterable[ScoreRow],
+    final: str,
+    untrained: str,
+    spec: GatesSpec,
+    model: ModelRef,
+    known_data: Iterable[str],
+    recipe_digest: str,
 ) -> list[GateResult]:
     """All gates that a recipe asks for, in a fixed order; lineage and hashes are always asked for."""
     rows = list(rows)

@@ -175,7 +175,9 @@ def _registered_model(mlflow: MlflowClient, name: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        mlflow.create_registered_model(name, description="Candidates of training; promotion copies one to the name without suffix.")
+        mlflow.create_registered_model(
+            name, description="Candidates of training; promotion copies one to the name without suffix."
+        )
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
@@ -210,7 +212,13 @@ def _log_datasets(mlflow: MlflowClient, run_id: str, datasets: Mapping[str, Mani
 
 
 def _logged_model(
-    ctx: Context, mlflow: MlflowClient, model: ModelRef, experiment_id: str, run_id: str, tags: dict[str, str], name: str
+    ctx: Context,
+    mlflow: MlflowClient,
+    model: ModelRef,
+    experiment_id: str,
+    run_id: str,
+    tags: dict[str, str],
+    name: str,
 ) -> tuple[str, str]:
     """(id, source) of the LoggedModel: an address for models in S3, raw files for models on a local disk."""
     from mlflow.entities import LoggedModelStatus

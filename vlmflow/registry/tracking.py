@@ -52,7 +52,9 @@ def client() -> MlflowClient:
     try:
         from mlflow import MlflowClient
     except ImportError as error:
-        raise RegistryError(f"mlflow cannot be imported ({error}); install it with: pip install 'vlmflow[local]'") from error
+        raise RegistryError(
+            f"mlflow cannot be imported ({error}); install it with: pip install 'vlmflow[local]'"
+        ) from error
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
@@ -68,7 +70,9 @@ def _check_answers(uri: str) -> None:
                 f"the server at MLFLOW_TRACKING_URI={uri} answers {error.code} for /health{hint}: "
                 "it is not an MLflow server that this client may use"
             ) from error
-        raise RegistryError(f"the MLflow server at {uri} is unwell: {error.code} for /health; look at its log") from error
+        raise RegistryError(
+            f"the MLflow server at {uri} is unwell: {error.code} for /health; look at its log"
+        ) from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise RegistryError(
@@ -119,7 +123,9 @@ def find_or_create_run(mlflow: MlflowClient, experiment_id: str, key: str, name:
             run_id = str(mlflow.get_run(given).info.run_id)
         else:
             found: list[Any] = list(
-                mlflow.search_runs([experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1, order_by=["start_time ASC"])
+                mlflow.search_runs(
+                    [experiment_id], f"tags.`{KEY_TAG}` = '{key}'", max_results=1, order_by=["start_time ASC"]
+                )
             )
             if found:
                 run_id = str(found[0].info.run_id)
