@@ -94,6 +94,7 @@ def test_the_card_shows_scores_data_and_lineage(exported, trained):
     front = yaml.safe_load(text.split("---")[1])
     assert front["license"] == "apache-2.0" and front["library_name"] == "transformers"
     assert front["pipeline_tag"] == "image-text-to-text"
+    assert "on the report split (the soup was chosen on other questions)" in text
     assert "| chance | 10.0 |" in text and "| untrained | 10.0 [" in text
     assert "| **greedy soup (this model)** | 80.0 [" in text
     assert samples.manifest().digest in text and "| sft | 7 | base |" in text

@@ -97,6 +97,12 @@ def test_scores_of_two_splits_do_not_share_a_table(model):
 
 
 def test_the_model_must_have_scores_of_its_own(model):
-    assert final_row(samples.score_table(model), model.weights_sha256) == "greedy soup"
+    table = samples.score_table(model)
+    assert final_row(table, model.weights_sha256) == "greedy soup"
+    table["same weights"] = table["greedy soup"]
+    assert final_row(table, model.weights_sha256, "greedy soup") == "greedy soup"
+    assert final_row(table, model.weights_sha256, "untrained") == "same weights", (
+        "a choice with other weights is not it"
+    )
     with pytest.raises(DataError, match="no scores belong to the model"):
         final_row(samples.score_table(model), "9" * 64)

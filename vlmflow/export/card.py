@@ -117,12 +117,13 @@ def _scores(inputs: CardInputs) -> str:
     benchmarks = sorted({row.benchmark for row in inputs.rows})
     first = {name: next(row for row in inputs.rows if row.benchmark == name) for name in benchmarks}
     split = inputs.rows[0].split
+    held = "the soup was chosen on other questions" if split == "report" else "the soup was chosen on these questions"
     head = [f"{_cell(name)} (n = {first[name].n})" for name in benchmarks]
     lines = [
         "## Scores",
         "",
-        f"Accuracy in percent on the {split} split, whose questions took part in no training and no choice; "
-        "in brackets the Wilson 95 % interval. `untrained` is the model before any training.",
+        f"Accuracy in percent on the {split} split ({held}), in brackets the Wilson 95 % interval. "
+        "`untrained` is the model before any training.",
         "",
         f"| model | {' | '.join(head)} |",
         f"| --- |{' --- |' * len(benchmarks)}",

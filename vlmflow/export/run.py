@@ -57,7 +57,7 @@ def run(
         DataError: no scores belong to the model's weights.
     """
     rows = score_rows(scores)
-    final = final_row(scores, model.weights_sha256)
+    final = final_row(scores, model.weights_sha256, getattr(soup, "chosen", ""))
     source = store.fetch(model, ctx.scratch)
     text = card.render(
         card.CardInputs(

@@ -49,10 +49,11 @@ def score_rows(scores: Mapping[str, Scores]) -> list[ScoreRow]:
     ]  # fmt: skip
 
 
-def final_row(scores: Mapping[str, Scores], weights_sha256: str) -> str:
+def final_row(scores: Mapping[str, Scores], weights_sha256: str, chosen: str = "") -> str:
     """Name of the row that holds the scores of these weights. Raises DataError when there is none.
 
-    A soup of one ingredient has its candidate's weights, so several rows may match; the last one is taken.
+    A soup of one ingredient has its candidate's weights, so several rows may match; `chosen` (the soup step's choice)
+    is taken if it is among them, else the last one.
     """
     found = [name for name, each in scores.items() if each.model_sha == weights_sha256]
     if not found:
@@ -61,4 +62,4 @@ def final_row(scores: Mapping[str, Scores], weights_sha256: str) -> str:
             f"no scores belong to the model with weights {weights_sha256[:12]}; there are scores of {known}. "
             "A model is registered and exported with its own scores only: evaluate it first."
         )
-    return found[-1]
+    return chosen if chosen in found else found[-1]

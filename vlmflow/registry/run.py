@@ -72,7 +72,7 @@ def run(
     """
     datasets = dict(datasets or {})
     rows = score_rows(scores)
-    final = final_row(scores, model.weights_sha256)
+    final = final_row(scores, model.weights_sha256, getattr(soup, "chosen", ""))
     spec = ctx.recipe.registry
     recipe_digest = digest(ctx.recipe)
     key = digest({"weights": model.weights_sha256, "recipe": recipe_digest})
