@@ -131,6 +131,20 @@ def test_the_cuda_call_fits_torch(monkeypatch, window):
     assert torch.allclose(ours, attention._grouped(query, key, value, bounds, 0.0, 0.3, window), atol=1e-6)
 
 
+def test_training_after_scoring_the_same_pack():
+    """Attention plans are kept; one made under inference_mode must still serve a backward pass."""
+    from vlmflow.models import attention
+
+    attention._plan.cache_clear()
+    model = build()
+    batch = pack(samples(model.config))
+    with torch.inference_mode():
+        scored, _ = packed_loss(model, batch)
+    trained, _ = packed_loss(model, batch)
+    trained.backward()
+    assert scored.item() == trained.item()
+
+
 def test_lengths_must_cover_the_row():
     model = build()
     batch = pack(samples(model.config))

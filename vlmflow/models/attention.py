@@ -151,6 +151,7 @@ def _grouped(
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a plan first made while scoring may serve training later, which saves its indices
 def _plan(bounds: tuple[int, ...], total: int, device: torch.device) -> _Plan:
     """Groups of a pack with these segment bounds; every layer asks for the same one, so it is kept."""
     if bounds[0] != 0 or bounds[-1] != total:
