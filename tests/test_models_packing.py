@@ -99,6 +99,52 @@ def test_sliding_window_is_kept():
     assert torch.allclose(out, expected.transpose(1, 2), atol=1e-6)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_the_cuda_call_fits_torch(monkeypatch, window):
+    """The arguments for torch's varlen kernel bind to its signature and mean causal attention per segment."""
+    import inspect
+
+    import torch.nn.attention.varlen as varlen
+
+    from vlmflow.models import attention
+
+    signature = inspect.signature(varlen.varlen_attn)
+
+    def reference(*args, **kwargs):
+        a = signature.bind(*args, **kwargs).arguments
+        assert a["enable_gqa"] and a["window_size"] == (-1 if window is None else window - 1, 0) and a["max_q"] == 9
+        out = []
+        for start, end in zip(a["cu_seq_q"].tolist(), a["cu_seq_q"].tolist()[1:], strict=False):
+            parts = [a[name][start:end].transpose(0, 1) for name in ("query", "key", "value")]
+            at = torch.arange(end - start)
+            mask = at[:, None] >= at
+            if window:
+                mask &= at[:, None] - at <= a["window_size"][0]
+            attend = torch.nn.functional.scaled_dot_product_attention
+            out.append(attend(*parts, attn_mask=mask, scale=a["scale"], enable_gqa=True).transpose(0, 1))
+        return torch.cat(out)
+
+    monkeypatch.setattr(varlen, "varlen_attn", reference)
+    query, key, value = torch.randn(1, 4, 15, 8), torch.randn(1, 2, 15, 8), torch.randn(1, 2, 15, 8)
+    bounds = torch.tensor([0, 9, 15], dtype=torch.int32)
+    ours = attention._cuda(query, key, value, bounds, None, 0.3, window)
+    assert torch.allclose(ours, attention._grouped(query, key, value, bounds, 0.0, 0.3, window), atol=1e-6)
+
+
+def test_training_after_scoring_the_same_pack():
+    """Attention plans are kept; one made under inference_mode must still serve a backward pass."""
+    from vlmflow.models import attention
+
+    attention._plan.cache_clear()
+    model = build()
+    batch = pack(samples(model.config))
+    with torch.inference_mode():
+        scored, _ = packed_loss(model, batch)
+    trained, _ = packed_loss(model, batch)
+    trained.backward()
+    assert scored.item() == trained.item()
+
+
 def test_lengths_must_cover_the_row():
     model = build()
     batch = pack(samples(model.config))

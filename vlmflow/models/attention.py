@@ -11,6 +11,7 @@ length and go through one causal SDPA a group: a padded key lies behind every re
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -120,7 +121,7 @@ def _grouped(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    plan = _plan(cu_seq_lens, query.shape[2])
+    plan = _plan(tuple(cu_seq_lens.tolist()), query.shape[2], query.device)
     grouped_query = key.shape[1] != query.shape[1]
     outputs = []
     for group in plan.groups:
@@ -149,23 +150,15 @@ def _grouped(
     return joined.unsqueeze(0)
 
 
-def _plan(cu_seq_lens: torch.Tensor, total: int) -> _Plan:
-    """Groups of a pack; kept on the tensor itself, because every layer asks for the same one."""
-    plan = getattr(cu_seq_lens, "_vlmflow_plan", None)
-    if plan is None:
-        plan = _make_plan(cu_seq_lens, total)
-        cu_seq_lens._vlmflow_plan = plan  # type: ignore[attr-defined]
-    return plan
-
-
-def _make_plan(cu_seq_lens: torch.Tensor, total: int) -> _Plan:
-    bounds = cu_seq_lens.tolist()
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # a plan first made while scoring may serve training later, which saves its indices
+def _plan(bounds: tuple[int, ...], total: int, device: torch.device) -> _Plan:
+    """Groups of a pack with these segment bounds; every layer asks for the same one, so it is kept."""
     if bounds[0] != 0 or bounds[-1] != total:
         raise ValueError(
             f"{NAME}: cu_seq_lens runs from {bounds[0]} to {bounds[-1]} but the row has {total} tokens; "
             "every token, padding included, must belong to a segment"
         )
-    device = cu_seq_lens.device
     segments = [(end - start, start) for start, end in pairwise(bounds) if end > start]
     if len({length for length, _ in segments}) == 1:
         return _Plan((_Group(torch.empty(0, dtype=torch.long), len(segments), segments[0][0]),), None)

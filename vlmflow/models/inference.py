@@ -74,6 +74,7 @@ class _Encoded:
 def load(ref_or_dir: ModelRef | str | Path, threads: int | None = None) -> VLM:
     """Load a model from a store reference or a folder. `threads` sets torch's CPU threads for this process.
 
+    With a GPU the model runs there in bf16, where results may differ between batch sizes in near ties.
     Raises ModelError when the folder is not a complete model.
     """
     import torch

@@ -36,8 +36,7 @@ def decode(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
                 )
             image.seek(0)
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            return _to_rgb(upright)
+            return _to_rgb(ImageOps.exif_transpose(image))  # a copy, independent of the buffer
     except DataError:
         raise
     except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, ValueError, struct.error, bombs
@@ -50,7 +49,7 @@ def decode(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     mode = image.mode
     if mode == "RGB":
-        return image.copy()
+        return image
     if mode.startswith("I;16") or mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
         if mode == "F":
