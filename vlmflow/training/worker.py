@@ -170,8 +170,7 @@ class Trainer:
         if self.rank == 0:
             report = self.plan.report | {"imbalance": round(self.plan.imbalance(self.world, self.tile_tokens), 4)}
             emit(event="plan", steps=steps, first=first, report=report, examples=self.examples.report)
-        gc.collect()
-        gc.freeze()
+        gc.freeze()  # the imports and the model are not garbage; the collector need not look at them again
         shown = 0.0
         try:
             started = time.perf_counter()
