@@ -23,6 +23,7 @@ FIRST_RUN_SECONDS = {
 }  # fmt: skip
 UNKNOWN_SECONDS = 10.0
 PRIOR = 0.1  # share of the whole that must be seen before this run's speed outweighs the remembered one
+CREEP = 0.1  # share of a step that its clock may run ahead of its counter, which stands still while a model loads
 LABEL_END = 0.9  # a finished counter inside a step counts as this much of the step: something always follows it
 
 
@@ -115,7 +116,7 @@ class Estimate:
                 total += step.work
             elif at := self.running.get(step.name):
                 by_time = min(LABEL_END, (now - at.started) / step.seconds) if step.seconds > 0 else LABEL_END
-                total += step.work * (by_time if at.share is None else at.share)
+                total += step.work * (by_time if at.share is None else max(at.share, min(by_time, at.share + CREEP)))
         return total
 
     def share(self, now: float) -> float:
