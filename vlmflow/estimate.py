@@ -1,7 +1,7 @@
 """How long a run will still take: remembered seconds of each step, corrected by the speed of this run.
 
-The first run of a recipe has no memory and uses `FIRST_RUN_SECONDS`, the seconds measured with the tiny recipe on a
-2-core machine; only their ratios matter, because the speed of the run at hand scales them all.
+The first run of a recipe has no memory and uses `FIRST_RUN_SECONDS`, a rough guess for the tiny recipe on two cores that
+is never stored or shown as a measurement; the speed of the run at hand scales all of it.
 """
 
 from __future__ import annotations
