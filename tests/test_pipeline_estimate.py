@@ -40,6 +40,13 @@ def test_a_run_twice_as_slow_takes_longer():
     assert follow.left(120.0) == pytest.approx(40.0 * 130.0 / 70.0)
 
 
+def test_a_step_that_found_finished_work_does_not_make_the_rest_look_quick():
+    follow = two_steps()
+    follow.event({"step": "a", "state": "start"}, 0.0)
+    follow.event({"step": "a", "state": "end", "seconds": 1.0}, 1.0)
+    assert follow.left(1.0) == pytest.approx(40.0)
+
+
 def test_a_counter_overrules_the_clock_and_never_goes_back():
     follow = two_steps()
     follow.event({"step": "a", "state": "start"}, 0.0)

@@ -23,6 +23,7 @@ FIRST_RUN_SECONDS = {
 }  # fmt: skip
 UNKNOWN_SECONDS = 10.0
 PRIOR = 0.1  # share of the whole that must be seen before this run's speed outweighs the remembered one
+FOUND_AGAIN = 0.25  # a step that took less than this share of its expectation found finished work: no measure of speed
 CREEP = 0.1  # share of a step that its clock may run ahead of its counter, which stands still while a model loads
 LABEL_END = 0.9  # a finished counter inside a step counts as this much of the step: something always follows it
 
@@ -128,8 +129,10 @@ class Estimate:
         if self.began is None:
             return self.work()
         done, prior = self.done(now), max(5.0, PRIOR * self.work())
-        slower = (now - self.began + prior) / (done + prior)
-        return max(0.0, self.work() - done) * slower
+        again = [s for s in self.plan if self.ended.get(s.name, s.seconds) < FOUND_AGAIN * s.seconds]
+        worked = done - sum(step.work for step in again)
+        took = now - self.began - sum(self.ended[step.name] / step.lanes for step in again)
+        return max(0.0, self.work() - done) * (max(0.0, took) + prior) / (worked + prior)
 
 
 def recall(path: Path, recipe: str) -> dict[str, float]:

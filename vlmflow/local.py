@@ -115,6 +115,10 @@ def execute(
         try:
             with Display(follower, console) as display:
                 failure = _follow(worker, events, log, display)
+        except (KeyboardInterrupt, SystemExit):
+            if console:
+                console.print("stopping: what trains writes a checkpoint first", highlight=False)
+            raise
         finally:
             _stop(worker, events)
     if failure is not None or worker.returncode != 0:
