@@ -17,9 +17,10 @@ def caption(
 ):
     """Describe every image with the model that can already caption."""
     from vlmflow import ports
-    from vlmflow.curation import caption
     from vlmflow.step import open_step
 
     with open_step("caption", recipe.path) as ctx:
+        from vlmflow.curation import caption
+
         manifest = ports.curate(ctx, caption, ports.get_manifest(dataset), ports.get_model(model))
         ports.put_manifest(ctx, manifest, data, page, metrics, title="Synthetic captions", layer="synthetic")

@@ -21,10 +21,11 @@ def export(
 ):
     """Export the chosen model with its model card."""
     from vlmflow import ports
-    from vlmflow.export import run as export
     from vlmflow.step import open_step
 
     with open_step("export", recipe.path) as ctx:
+        from vlmflow.export import run as export
+
         datasets = ports.get_manifests(seed=seed, web=web, sft=sft)
         made = export.run(ctx, ports.get_model(model), ports.get_scores(ctx, scores), ports.get_soup(soup), datasets)
         ports.put_object(made, exported, page, metrics, title="Exported model")

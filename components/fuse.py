@@ -16,9 +16,10 @@ def fuse(
 ):
     """Merge alternative text and synthetic caption into one caption."""
     from vlmflow import ports
-    from vlmflow.curation import fuse
     from vlmflow.step import open_step
 
     with open_step("fuse", recipe.path) as ctx:
+        from vlmflow.curation import fuse
+
         manifest = ports.curate(ctx, fuse, ports.get_manifest(dataset))
         ports.put_manifest(ctx, manifest, data, page, metrics, title="Fused captions", layer="fused")

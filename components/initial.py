@@ -18,9 +18,10 @@ def initial(
 ):
     """Build the model that training starts from."""
     from vlmflow import ports
-    from vlmflow.models import initial
     from vlmflow.step import open_step
 
     with open_step("initial", recipe.path) as ctx:
+        from vlmflow.models import initial
+
         ref = initial.run(ctx, ports.get_manifests(seed=seed, web=web, sft=sft))
         ports.put_model(ref, model, page, metrics)

@@ -16,9 +16,10 @@ def keep(
 ):
     """Keep the captions of lowest perplexity, exactly, over all shards."""
     from vlmflow import ports
-    from vlmflow.curation import keep
     from vlmflow.step import open_step
 
     with open_step("keep", recipe.path) as ctx:
+        from vlmflow.curation import keep
+
         manifest = ports.curate(ctx, keep, ports.get_manifest(dataset))
         ports.put_manifest(ctx, manifest, data, page, metrics, title="Selection", layer="keep")

@@ -16,9 +16,10 @@ def ocr(
 ):
     """Read the text in every image with an OCR engine."""
     from vlmflow import ports
-    from vlmflow.curation import ocr
     from vlmflow.step import open_step
 
     with open_step("ocr", recipe.path) as ctx:
+        from vlmflow.curation import ocr
+
         manifest = ports.curate(ctx, ocr, ports.get_manifest(dataset))
         ports.put_manifest(ctx, manifest, data, page, metrics, title="OCR", layer="ocr")

@@ -17,9 +17,10 @@ def perplexity(
 ):
     """Score every caption by the perplexity it has under the model."""
     from vlmflow import ports
-    from vlmflow.curation import perplexity
     from vlmflow.step import open_step
 
     with open_step("perplexity", recipe.path) as ctx:
+        from vlmflow.curation import perplexity
+
         manifest = ports.curate(ctx, perplexity, ports.get_manifest(dataset), ports.get_model(model))
         ports.put_manifest(ctx, manifest, data, page, metrics, title="Caption perplexity", layer="ppl")

@@ -21,10 +21,11 @@ def register(
 ):
     """Register the chosen model."""
     from vlmflow import ports
-    from vlmflow.registry import run as registry
     from vlmflow.step import open_step
 
     with open_step("register", recipe.path) as ctx:
+        from vlmflow.registry import run as registry
+
         datasets = ports.get_manifests(seed=seed, web=web, sft=sft)
         made = registry.run(ctx, ports.get_model(model), ports.get_scores(ctx, scores), ports.get_soup(soup), datasets)
         ports.put_object(made, registered, page, metrics, title="Registered model")

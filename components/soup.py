@@ -17,9 +17,10 @@ def soup(
 ):
     """Make the soups and hand on the chosen one."""
     from vlmflow import ports
-    from vlmflow.soup import run as soup
     from vlmflow.step import open_step
 
     with open_step("soup", recipe.path) as ctx:
+        from vlmflow.soup import run as soup
+
         made = soup.run(ctx, ports.get_candidates(ctx, candidates))
         ports.put_soup(made, result, model, page, metrics)

@@ -202,7 +202,9 @@ def full(ctx):
                   "source": "s3://vlmflow/models/x", "gates": {"times_chance": "pass", "better_than_untrained": "fail"},
                   "gate_details": {"times_chance": "digits 0.780 of 4 x 0.100", "better_than_untrained": "yesno 0.47 vs 0.48"}}  # fmt: skip
     exported = {"uri": "file:///out/points-tiny", "files": [{"path": "config.json", "sha256": "1" * 64, "bytes": 2100}],
-                "smoke": {"equal_text": True, "largest_logit_difference": 0.0, "samples": [{"question": EVIL, "reply": "7"}]}}  # fmt: skip
+                "smoke": {"questions": 2, "same_text": 2, "max_logit_difference": 0.0, "logits": 51200, "tolerance": 1e-5,
+                          "prompts": [EVIL, "What word is written here?"], "trained": ["7", "river"],
+                          "exported": ["7", "river"]}}  # fmt: skip
     steps = ["preflight", "pull-seed", "pull-web", "pull-sft", "initial", "train-bootstrap", "ocr", "caption", "fuse",
              "perplexity", "keep", "train-ocr", "train-align", "train-sft", "soup", "evaluate", "register", "export"]  # fmt: skip
     at, timings = 0.0, []

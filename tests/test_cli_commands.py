@@ -126,3 +126,36 @@ def test_ctrl_c_says_how_to_go_on(capsys, monkeypatch):
     monkeypatch.setattr(local, "run", interrupted)
     code, _, err = call(capsys, "run", TINY)
     assert code == 130 and "start the same command again" in err
+
+
+@pytest.mark.parametrize("arguments", [["demo", "seed=9"], ["demo", TINY, "seed=9"]])
+def test_demo_serves_its_tables_and_runs_the_recipe_on_them(capsys, monkeypatch, tmp_path, arguments):
+    from contextlib import contextmanager
+
+    from vlmflow import demo, local
+
+    calls = []
+
+    @contextmanager
+    def serve(state_dir):
+        calls.append("open")
+        yield demo.Demo("http://127.0.0.1:9999", tmp_path, tmp_path)
+        calls.append("closed")
+
+    def run(recipe, overrides, state_dir, console):
+        calls.append((Path(recipe).name, overrides))
+        return local.RunResult("r1", tmp_path, None, {}, {})
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(demo, "serve", serve)
+    monkeypatch.setattr(local, "run", run)
+    code, _, _ = call(capsys, *arguments)
+    assert code == 0 and calls[0] == "open" and calls[2] == "closed"
+    name, overrides = calls[1]
+    assert name == "points-tiny.yaml" and overrides[-1] == "seed=9"
+    assert "data.seed.sources.captions.table=http://127.0.0.1:9999/tables/seed.parquet" in overrides
+
+
+def test_status_says_that_nothing_runs(capsys, tmp_path):
+    code, out, _ = call(capsys, "status", "--state-dir", str(tmp_path), "-o", "json")
+    assert code == 6 and [row["running"] for row in json.loads(out)] == [False, False]

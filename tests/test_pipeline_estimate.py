@@ -1,11 +1,14 @@
 """The estimate of the time left: arithmetic on a plan, memory between runs, and the words a person reads."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from vlmflow import estimate
+from vlmflow.display import Display
 from vlmflow.estimate import Estimate, Planned, human, recall, remember
 from vlmflow.recipe import load
 
@@ -37,12 +40,20 @@ def test_a_run_twice_as_slow_takes_longer():
     assert follow.left(120.0) == pytest.approx(40.0 * 130.0 / 70.0)
 
 
+def test_a_step_that_found_finished_work_does_not_make_the_rest_look_quick():
+    follow = two_steps()
+    follow.event({"step": "a", "state": "start"}, 0.0)
+    follow.event({"step": "a", "state": "end", "seconds": 1.0}, 1.0)
+    assert follow.left(1.0) == pytest.approx(40.0)
+
+
 def test_a_counter_overrules_the_clock_and_never_goes_back():
     follow = two_steps()
     follow.event({"step": "a", "state": "start"}, 0.0)
     counter = {"step": "a", "state": "progress", "label": "read", "total": 10}
     follow.event({**counter, "done": 5}, 1.0)
     assert follow.done(1.0) == pytest.approx(60.0 * 0.45)
+    assert follow.done(59.0) == pytest.approx(60.0 * 0.55)  # the clock runs ahead of a counter a little, not further
     follow.event({**counter, "done": 10}, 2.0)
     half = follow.done(2.0)
     follow.event({**counter, "label": "write", "done": 0}, 3.0)
@@ -92,3 +103,18 @@ def test_damaged_memory_is_no_memory(tmp_path, content):
 
 def test_words():
     assert [human(s) for s in (0.4, 59.4, 200, 7500)] == ["0 s", "59 s", "3 min 20 s", "2 h 5 min"]
+
+
+def test_a_terminal_gets_live_bars_and_one_line_a_finished_step():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=120)
+    with Display(two_steps(), console) as display:
+        display.event({"step": "a", "state": "start"})
+        display.event({"step": "a", "state": "progress", "label": "reading", "done": 3, "total": 9, "unit": "pages"})
+        display.tick()
+        with console.capture() as frame:
+            console.print(display._frame())
+        display.event({"step": "a", "state": "end", "seconds": 61})
+    assert "reading" in frame.get() and "3/9 pages" in frame.get() and "whole run" in frame.get()
+    assert "a done in 1 min 1 s" in out.getvalue()
+    assert display.latest == {}

@@ -65,9 +65,12 @@ def test_a_killed_step_is_named_and_the_log_shown(package, tmp_path):
         start(package, tmp_path, "killed", io.StringIO())
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_ends_every_process_of_the_run(package, tmp_path, number):
-    """SIGKILL of the command itself too: the worker notices the death of its parent."""
+@pytest.mark.parametrize(
+    ("number", "whom"),
+    [(signal.SIGINT, "command"), (signal.SIGTERM, "command"), (signal.SIGKILL, "command"), (signal.SIGKILL, "worker")],
+)
+def test_a_signal_ends_every_process_of_the_run(package, tmp_path, number, whom):
+    """SIGKILL too: the worker notices the death of the command, and the command that of the worker."""
     mark = tmp_path / "pid"
     (tmp_path / "package.yaml").write_text(package)
     code = (
@@ -83,7 +86,7 @@ def test_a_signal_ends_every_process_of_the_run(package, tmp_path, number):
     wait_for(ready.exists)
     task = int(ready.read_text())
     assert command.poll() is None and task in process_tree.descendants(command.pid)
-    command.send_signal(number)
+    os.kill(command.pid if whom == "command" else process_tree.descendants(command.pid)[0], number)
     assert command.wait(60) != 0
     wait_for(lambda: not process_tree.with_variable("VLMFLOW_PROGRESS", str(tmp_path)))
     assert not Path(f"/proc/{task}/cmdline").exists() or not Path(f"/proc/{task}/cmdline").read_bytes()

@@ -111,6 +111,8 @@ def test_pull_gallery_training_soup_registry_lineage_tell_the_run(text):
         assert part in text["training"], part
     assert "describe 62.00 % 60.70 % rejected" in text["soup"]
     assert "points-tiny-candidates" in text["registry"] and "yesno 0.47 vs 0.48" in text["registry"]
+    assert "max logit difference 0" in text["registry"]
+    assert "What word is written here? river river" in text["registry"]
     assert "wrong gold: 0" in text["answers"] and "right gold: 8" in text["answers"]
     assert "Recipe as resolved" in text["lineage"]
 

@@ -25,14 +25,20 @@ def encode(segments: list[Any], images: list[dict[str, Any]]) -> Encoded:
     return Encoded(ids, target, [1] * len(images))
 
 
-def with_layer(root: Path, manifest: Manifest, name: str, schema: dict[str, str], rows: dict[str, dict[str, Any]]) -> Manifest:
+def with_layer(
+    root: Path, manifest: Manifest, name: str, schema: dict[str, str], rows: dict[str, dict[str, Any]]
+) -> Manifest:
     parts = []
     from vlmflow.dataset.shard import ShardReader
 
     for number, shard in enumerate(manifest.shards):
         keys = ShardReader(shard).keys()
-        parts.append(write_part(f"file://{root}/{name}-{number}.parquet", [{"key": k, **rows[k]} for k in keys], schema))
-    return manifest.model_copy(update={"layers": manifest.layers | {name: LayerRef(step=name, digest=name, params={}, parts=parts)}})
+        parts.append(
+            write_part(f"file://{root}/{name}-{number}.parquet", [{"key": k, **rows[k]} for k in keys], schema)
+        )
+    return manifest.model_copy(
+        update={"layers": manifest.layers | {name: LayerRef(step=name, digest=name, params={}, parts=parts)}}
+    )
 
 
 def build(root: Path, manifest: Manifest, **stage: Any):
@@ -43,7 +49,9 @@ def build(root: Path, manifest: Manifest, **stage: Any):
 def test_keep_layer_text_layer_and_weight(tmp_path: Path) -> None:
     manifest = dataset(tmp_path, [sample(i) for i in range(30)])
     keys = [f"k{i:03d}" for i in range(30)]
-    manifest = with_layer(tmp_path, manifest, "keep", {"keep": "bool"}, {k: {"keep": i % 3 == 0} for i, k in enumerate(keys)})
+    manifest = with_layer(
+        tmp_path, manifest, "keep", {"keep": "bool"}, {k: {"keep": i % 3 == 0} for i, k in enumerate(keys)}
+    )
     manifest = with_layer(tmp_path, manifest, "fused", {"text": "str"}, {k: {"text": f"fused {k}"} for k in keys})
     spec = recipe(prompt="continuation", instructions=[]).stages["sft"]
     use = spec.data[0].model_copy(update={"text": "fused", "keep": True, "weight": 2.0})
@@ -68,7 +76,9 @@ def test_failures_are_counted_with_reason_and_example(tmp_path: Path) -> None:
     made = build(tmp_path, manifest, data=data, failure_limit=0.2)
     assert len(made) == 17
     reasons = {r["example"]: r["reason"] for r in made.report["reasons"]}
-    assert "2 <image> markers" in reasons["k004"] and "empty" in reasons["k005"] and "no conversations" in reasons["k006"]
+    assert (
+        "2 <image> markers" in reasons["k004"] and "empty" in reasons["k005"] and "no conversations" in reasons["k006"]
+    )
     with pytest.raises(StepFailed, match=r"3 of 20 samples \(15.0%\).*failure_limit 10.0%.*k00"):
         build(tmp_path / "again", manifest, data=data, failure_limit=0.1)
 
@@ -103,7 +113,9 @@ def test_loader_names_an_image_whose_size_was_recorded_wrongly(tmp_path: Path) -
 
     made = build(tmp_path, dataset(tmp_path, [sample(i) for i in range(4)]))
     plan = make_plan(made.lengths(), Budget(200, 8), 1, 0)
-    loader = Loader(made, plan, lambda image: np.zeros((3, 28, 28, 3), np.uint8), lambda ids: np.arange(len(ids)), [1], 28, tmp_path)
+    loader = Loader(
+        made, plan, lambda image: np.zeros((3, 28, 28, 3), np.uint8), lambda ids: np.arange(len(ids)), [1], 28, tmp_path
+    )
     with pytest.raises(DataError, match=r"sample k00\d.*gives 3 tiles but 1 were expected"):
         next(loader.steps())
     loader.close()

@@ -45,7 +45,7 @@ def make_job(place: Any, name: str, **stage: Any) -> Job:
 
 
 def trainer(job: Job, stop: threading.Event | None = None) -> Any:
-    from vlmflow.training.worker import Trainer
+    from vlmflow.training.trainer import Trainer
 
     return Trainer(job, rendezvous=f"file://{job.work}/meeting", stop=stop)
 
@@ -87,7 +87,10 @@ def test_four_packs_of_uneven_length_equal_one_large_pack(place: Any) -> None:
     """The gradient is that of the sum over targets, not of a mean of means."""
     from vlmflow.training import engine
 
-    still = {"train": [{"modules": "projector", "lr": 1e-12}, {"modules": "language", "lr": 1e-12}], "optimizer": {"clip": 1e9}}
+    still = {
+        "train": [{"modules": "projector", "lr": 1e-12}, {"modules": "language", "lr": 1e-12}],
+        "optimizer": {"clip": 1e9},
+    }
     many = trainer(make_job(place, "many", **still, budget={"tokens": 128, "tiles": 9}, packs=64))
     one = trainer(make_job(place, "one", **still, budget={"tokens": 4096, "tiles": 64}, packs=1))
     many.run()
@@ -134,7 +137,7 @@ def _loader(made: Any) -> Any:
 
 
 def test_stop_saves_and_resume_is_bit_exact(place: Any) -> None:
-    from vlmflow.training.worker import Preempted
+    from vlmflow.training.trainer import Preempted
 
     job = make_job(place, "stopped")
     stop = threading.Event()
@@ -166,7 +169,9 @@ def test_checkpoint_of_another_plan_is_refused(place: Any) -> None:
 
     job = make_job(place, "whole", packs=1)
     base = storage.join(str(place.root / "elsewhere"), "c")
-    checkpoint.save(base, 3, {"a": torch.zeros(2)}, {"a.exp_avg": torch.zeros(2)}, {"plan": "x"}, "", place.root / "w", 2)
+    checkpoint.save(
+        base, 3, {"a": torch.zeros(2)}, {"a.exp_avg": torch.zeros(2)}, {"plan": "x"}, "", place.root / "w", 2
+    )
     with pytest.raises(CheckpointError, match="another position in the data"):
         trainer(job.model_copy(update={"checkpoints": base})).run()
 

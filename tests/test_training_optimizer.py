@@ -64,7 +64,9 @@ def test_refuses_a_rule_that_an_earlier_one_covers_or_that_gets_no_gradient() ->
 
 def test_groups_have_no_decay_on_norms_and_biases() -> None:
     torch = pytest.importorskip("torch")
-    model = torch.nn.ModuleDict({"proj": torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3)), "lm": torch.nn.Linear(3, 3)})
+    model = torch.nn.ModuleDict(
+        {"proj": torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.LayerNorm(3)), "lm": torch.nn.Linear(3, 3)}
+    )
     rules = [Rule("projector", 0.5, weight_decay=0.3)]
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     made = make_table(sizes, rules, {"projector": [r"proj\."]})

@@ -32,7 +32,15 @@ STAGE: dict[str, Any] = {
 
 def recipe(**stage: Any) -> recipes.Recipe:
     """A recipe with one stage ``sft``; keywords replace fields of the stage."""
-    vision = {"config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "patch_size": 14}}
+    vision = {
+        "config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "patch_size": 14,
+        }
+    }
     language = {
         "model_type": "qwen2",
         "hidden_size": 16,

@@ -72,8 +72,8 @@ class Display:
 
     def _line(self, text: str) -> None:
         now = time.monotonic()
-        left = f"{self.estimate.share(now):4.0%}  about {human(self.estimate.left(now))} left"
-        self.console.print(f"[{left:>30}]  {text}", markup=False, soft_wrap=True)
+        left = f"{self.estimate.share(now):4.0%}  {human(self.estimate.left(now)):>12} left"
+        self.console.print(f"{left}  {text}", markup=False, highlight=False, soft_wrap=True)
         self._said = now
 
     def _frame(self) -> Group:

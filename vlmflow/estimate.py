@@ -1,7 +1,7 @@
 """How long a run will still take: remembered seconds of each step, corrected by the speed of this run.
 
-The first run of a recipe has no memory and uses `FIRST_RUN_SECONDS`, the seconds measured with the tiny recipe on a
-2-core machine; only their ratios matter, because the speed of the run at hand scales them all.
+The first run of a recipe has no memory and uses `FIRST_RUN_SECONDS`, a rough guess for the tiny recipe on two cores that
+is never stored or shown as a measurement; the speed of the run at hand scales all of it.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ FIRST_RUN_SECONDS = {
 }  # fmt: skip
 UNKNOWN_SECONDS = 10.0
 PRIOR = 0.1  # share of the whole that must be seen before this run's speed outweighs the remembered one
+FOUND_AGAIN = 0.25  # a step that took less than this share of its expectation found finished work: no measure of speed
+CREEP = 0.1  # share of a step that its clock may run ahead of its counter, which stands still while a model loads
 LABEL_END = 0.9  # a finished counter inside a step counts as this much of the step: something always follows it
 
 
@@ -115,7 +117,7 @@ class Estimate:
                 total += step.work
             elif at := self.running.get(step.name):
                 by_time = min(LABEL_END, (now - at.started) / step.seconds) if step.seconds > 0 else LABEL_END
-                total += step.work * (by_time if at.share is None else at.share)
+                total += step.work * (by_time if at.share is None else max(at.share, min(by_time, at.share + CREEP)))
         return total
 
     def share(self, now: float) -> float:
@@ -127,8 +129,10 @@ class Estimate:
         if self.began is None:
             return self.work()
         done, prior = self.done(now), max(5.0, PRIOR * self.work())
-        slower = (now - self.began + prior) / (done + prior)
-        return max(0.0, self.work() - done) * slower
+        again = [s for s in self.plan if self.ended.get(s.name, s.seconds) < FOUND_AGAIN * s.seconds]
+        worked = done - sum(step.work for step in again)
+        took = now - self.began - sum(self.ended[step.name] / step.lanes for step in again)
+        return max(0.0, self.work() - done) * (max(0.0, took) + prior) / (worked + prior)
 
 
 def recall(path: Path, recipe: str) -> dict[str, float]:

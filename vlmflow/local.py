@@ -115,8 +115,12 @@ def execute(
         try:
             with Display(follower, console) as display:
                 failure = _follow(worker, events, log, display)
+        except (KeyboardInterrupt, SystemExit):
+            if console:
+                console.print("stopping: what trains writes a checkpoint first", highlight=False)
+            raise
         finally:
-            _stop(worker)
+            _stop(worker, events)
     if failure is not None or worker.returncode != 0:
         raise _explain(failure, log, worker.returncode)
 
@@ -159,16 +163,14 @@ def _tail(path: Path) -> Callable[[], list[str]]:
     return lines
 
 
-def _stop(worker: subprocess.Popen[bytes]) -> None:
-    """End the worker and every task below it; nothing of a run outlives the command."""
+def _stop(worker: subprocess.Popen[bytes], events: Path) -> None:
+    """End the worker and every task of the run, also when the worker itself was killed; nothing outlives the command."""
     if worker.poll() is None:
-        below = process_tree.descendants(worker.pid)
         worker.terminate()
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
             worker.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            process_tree.stop([worker.pid, *below], grace=0.0)
-            worker.wait()
+    process_tree.stop(process_tree.with_variable("VLMFLOW_PROGRESS", str(events)), grace=5.0)
+    worker.wait()
 
 
 def _explain(failure: dict[str, Any] | None, log: Path, code: int) -> VlmflowError:

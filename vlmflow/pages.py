@@ -63,7 +63,7 @@ def preview(ctx: Context, manifest: Manifest, layer: str | None) -> list[dict[st
         sample = reader.read(key)
         row: dict[str, Any] = {"key": key, "image": _thumbnail(sample.images[0]) if sample.images else ""}
         talk = sample.meta.get("conversations") or []
-        row["text"] = sample.meta.get("text") or " / ".join(str(turn.get("value", "")) for turn in talk)
+        row["of the table"] = sample.meta.get("text") or " / ".join(str(turn.get("value", "")) for turn in talk)
         row |= {k: v for k, v in added.get(key, {}).items() if k != "key" and not (k == "error" and v is None)}
         rows.append(row)
     return rows

@@ -48,7 +48,14 @@ class Checkpoint:
 
 
 def save(
-    base: str, step: int, weights: dict[str, Any], moments: dict[str, Any], state: dict[str, Any], log: str, work: Path, keep: int
+    base: str,
+    step: int,
+    weights: dict[str, Any],
+    moments: dict[str, Any],
+    state: dict[str, Any],
+    log: str,
+    work: Path,
+    keep: int,
 ) -> str:
     """Write one checkpoint, the marker last, then delete the oldest beyond ``keep`` complete ones; returns its URI."""
     from safetensors.torch import save_file

@@ -102,6 +102,8 @@ def make_engine(model: Any, groups: list[dict[str, Any]], optimizer: dict[str, A
         client = torch.optim.AdamW(groups, fused=True, **options)
     engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=config, dist_init_required=False)
     _allocate_moments(engine)
+    if stage == 0 and torch.distributed.get_world_size() == 1:
+        engine.enable_backward_allreduce = False  # it would flatten and copy every gradient for nobody
     return engine
 
 

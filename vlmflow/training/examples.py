@@ -176,7 +176,9 @@ class _Sink:
         self.folder = folder
         self.ids = open(folder / "ids.raw", "wb")  # noqa: SIM115
         self.target = open(folder / "target.raw", "wb")  # noqa: SIM115
-        self.start, self.tiles, self.tile_start = [0], [], [0]
+        self.start: list[int] = [0]
+        self.tiles: list[int] = []
+        self.tile_start: list[int] = [0]
         self.shard: list[int] = []
         self.row: list[int] = []
         self.weight: list[float] = []
@@ -203,7 +205,9 @@ class _Sink:
             np.save(self.folder / f"{name}.npy", np.asarray(getattr(self, name), dtype=kind), allow_pickle=False)
 
 
-def _build(folder: Path, uses: list, stage: StageSpec, encode: Callable, seed: int, scratch: Path, progress: Any) -> None:
+def _build(
+    folder: Path, uses: list, stage: StageSpec, encode: Callable, seed: int, scratch: Path, progress: Any
+) -> None:
     sink, shards = _Sink(folder), []
     reasons: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -232,7 +236,7 @@ def _build(folder: Path, uses: list, stage: StageSpec, encode: Callable, seed: i
                     continue
                 sink.add(example, len(shards) - 1, row_number, use.weight)
     sink.seal()
-    report = {
+    report: dict[str, Any] = {
         "examples": len(sink.shard),
         "seen": seen,
         "filtered": filtered,
@@ -247,7 +251,9 @@ def _build(folder: Path, uses: list, stage: StageSpec, encode: Callable, seed: i
 def check_failures(failed: int, seen: int, limit: float, reasons: list[dict[str, Any]], filtered: int = 0) -> None:
     """Raise StepFailed above the limit, DataError when there is nothing at all."""
     if not seen:
-        raise DataError(f"the stage has no sample to train on: {filtered} were filtered out by the keep layer; check stages.*.data")
+        raise DataError(
+            f"the stage has no sample to train on: {filtered} were filtered out by the keep layer; check stages.*.data"
+        )
     if failed > limit * seen:
         top = "; ".join(f"{r['count']} x {r['reason']} (e.g. {r['example']})" for r in reasons[:4])
         raise StepFailed(

@@ -1,7 +1,9 @@
-"""What a training process needs to know, as one JSON file, whoever launches it."""
+"""What a training process needs to know, as one JSON file, and how it talks back, whoever launches it."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,13 @@ from vlmflow.dataset.manifest import Manifest
 from vlmflow.recipe.stage import DataUse, StageSpec
 
 PREEMPTED = 75  # exit code after SIGTERM with a checkpoint written: run again to go on
+EVENT = "\x1e"  # a line that starts with this is an event for the launcher
+
+
+def emit(**event: Any) -> None:
+    """Write one event line to standard output, for whoever launched this rank."""
+    sys.stdout.write(EVENT + json.dumps(event) + "\n")
+    sys.stdout.flush()
 
 
 class Job(BaseModel):

@@ -23,11 +23,9 @@ from typing import Any
 
 from vlmflow import errors
 from vlmflow.errors import StepFailed, VlmflowError
-from vlmflow.training.job import PREEMPTED
+from vlmflow.training.job import EVENT, PREEMPTED
 
-EVENT = "\x1e"
 LAST_LINES = 25
-GRACE = 600.0  # seconds ranks get to write a checkpoint after SIGTERM
 
 
 class TrainingPreempted(StepFailed):
@@ -38,7 +36,13 @@ class TrainingPreempted(StepFailed):
 
 def rank_environment(rank: int, world: int, rendezvous: str, threads: int) -> dict[str, str]:
     """Environment of one local rank."""
-    env = {**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    env = {
+        **os.environ,
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world),
+    }
     env |= {"VLMFLOW_RENDEZVOUS": rendezvous, "VLMFLOW_LAUNCHER": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     env.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -91,7 +95,9 @@ def launch(jobs: list[Path], world: int, threads: int, on_event: Callable[[dict[
     if failed is not None:
         raise StepFailed(_death(failed, world, ranks[failed].returncode, tails[failed]))
     if any(process.returncode == PREEMPTED for process in ranks):
-        raise TrainingPreempted("training stopped on SIGTERM after writing a checkpoint; run the step again to continue")
+        raise TrainingPreempted(
+            "training stopped on SIGTERM after writing a checkpoint; run the step again to continue"
+        )
 
 
 def _start(
@@ -134,7 +140,11 @@ def _forward_sigterm(ranks: list[subprocess.Popen]) -> Callable[[], None]:
                 process.terminate()
 
     before = signal.signal(signal.SIGTERM, forward)
-    return lambda: signal.signal(signal.SIGTERM, before) and None
+
+    def restore() -> None:
+        signal.signal(signal.SIGTERM, before)
+
+    return restore
 
 
 def _error(event: dict[str, Any]) -> VlmflowError:

@@ -45,7 +45,7 @@ class Loader:
         dummy: ids of a segment with exactly one tile, added to packs without an image, so that every rank runs the
             vision tower in every micro-batch and no collective waits for ever (spec: training.md B.3).
         side: tile side S in pixels.
-        ahead: micro-batches prepared ahead.
+        ahead: micro-batches prepared ahead, for each of the ``workers`` threads.
     """
 
     def __init__(
@@ -61,14 +61,14 @@ class Loader:
         world: int = 1,
         tile_tokens: float = 16.0,
         workers: int = 1,
-        ahead: int = 4,
+        ahead: int = 3,
     ) -> None:
         self.examples, self.plan = examples, plan
         self.tile, self.positions = tile, positions
         self.dummy, self.side, self.scratch = np.asarray(dummy, dtype=np.int32), side, scratch
         self.rank, self.world, self.tile_tokens = rank, world, tile_tokens
         self.waited = 0.0
-        self.ahead = ahead
+        self.ahead = ahead * workers
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
         self._readers: OrderedDict[int, tuple[ShardReader, list[str]]] = OrderedDict()
         self._lock = threading.Lock()

@@ -93,7 +93,16 @@ class Tracker:
         problem: what went wrong first, or "".
     """
 
-    def __init__(self, uri: str, run_id: str | None, experiment: str, name: str, prefix: str, tags: dict[str, str], params: dict[str, str]) -> None:
+    def __init__(
+        self,
+        uri: str,
+        run_id: str | None,
+        experiment: str,
+        name: str,
+        prefix: str,
+        tags: dict[str, str],
+        params: dict[str, str],
+    ) -> None:
         self.uri, self.run_id, self.prefix = uri.rstrip("/"), run_id, prefix
         self.experiment, self.name, self.tags, self.params = experiment, name, tags, params
         self.problem = ""

@@ -70,7 +70,14 @@ class Table:
         """The table for a terminal or a log."""
         head = ("module", "parameters", "tensors", "state", "lr", "")
         cells = [head] + [
-            (r.module, f"{r.parameters:,}", str(r.tensors), "train" if r.trainable else "frozen", f"{r.lr:g}" if r.lr else "-", r.note)
+            (
+                r.module,
+                f"{r.parameters:,}",
+                str(r.tensors),
+                "train" if r.trainable else "frozen",
+                f"{r.lr:g}" if r.lr else "-",
+                r.note,
+            )
             for r in self.rows
         ]
         widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
@@ -107,14 +114,18 @@ def make_table(
             )
         alive = [n for n in names if n not in dead]
         if rule.last is not None:
-            alive = _last_layers(rule, index, alive, layers)
+            alive = _last_layers(rule, rule.last, index, alive, layers)
         fresh = [n for n in alive if n not in rule_of]
         if not fresh:
             why = "all of them are trained by an earlier rule" if alive else "none of them ever gets a gradient"
-            raise RecipeError(f"train[{index}].modules '{rule.modules}' matches {len(names)} parameters but {why}; remove the rule")
+            raise RecipeError(
+                f"train[{index}].modules '{rule.modules}' matches {len(names)} parameters but {why}; remove the rule"
+            )
         rule_of.update(dict.fromkeys(fresh, index))
     if not rule_of:
-        raise RecipeError("the stage trains nothing: its 'train' list is empty; name at least one module, e.g. projector")
+        raise RecipeError(
+            "the stage trains nothing: its 'train' list is empty; name at least one module, e.g. projector"
+        )
     return Table(_rows(sizes, rules, role_of, rule_of, dead), rule_of)
 
 
@@ -139,24 +150,30 @@ def _examples(sizes: Mapping[str, int]) -> list[str]:
     return sorted({".".join(n.split(".")[:3]) for n in sizes})[:8]
 
 
-def _last_layers(rule: Rule, index: int, names: list[str], layers: Any) -> list[str]:
-    """Only the highest ``rule.last`` layer numbers among the parameters that can be trained at all."""
+def _last_layers(rule: Rule, last: int, index: int, names: list[str], layers: Any) -> list[str]:
+    """Only the highest ``last`` layer numbers among the parameters that can be trained at all."""
     pattern = None if layers is None else layers(rule.modules)
     if pattern is None:
-        raise RecipeError(f"train[{index}] asks for the last {rule.last} layers of '{rule.modules}', which has no numbered layers")
+        raise RecipeError(
+            f"train[{index}] asks for the last {last} layers of '{rule.modules}', which has no numbered layers"
+        )
     number = {n: int(m.group(1)) for n in names if (m := re.search(pattern, n))}
     present = sorted(set(number.values()))
-    if rule.last > len(present):
+    if last > len(present):
         raise RecipeError(
-            f"train[{index}] asks for the last {rule.last} layers of '{rule.modules}', which has {len(present)} layers that "
+            f"train[{index}] asks for the last {last} layers of '{rule.modules}', which has {len(present)} layers that "
             "can be trained; lower 'last' or remove it"
         )
-    chosen = set(present[len(present) - rule.last :])
+    chosen = set(present[len(present) - last :])
     return [n for n in names if number.get(n) in chosen]
 
 
 def _rows(
-    sizes: Mapping[str, int], rules: Sequence[Rule], role_of: Mapping[str, str], rule_of: Mapping[str, int], dead: set[str]
+    sizes: Mapping[str, int],
+    rules: Sequence[Rule],
+    role_of: Mapping[str, str],
+    rule_of: Mapping[str, int],
+    dead: set[str],
 ) -> list[Row]:
     groups: dict[tuple[str, int | None, bool], list[str]] = {}
     for name in sizes:
@@ -204,7 +221,11 @@ def rate(step: int, steps: int, name: str, warmup: float, final: float = 0.0) ->
     Raises:
         RecipeError: an unknown schedule name.
     """
-    shapes = {"cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)), "linear": lambda x: 1 - x, "constant": lambda x: 1.0}
+    shapes = {
+        "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
+        "linear": lambda x: 1 - x,
+        "constant": lambda x: 1.0,
+    }
     if name not in shapes:
         raise RecipeError(f"schedule.name '{name}' is not known; use one of {sorted(shapes)}")
     warm = math.ceil(warmup * steps)

@@ -131,7 +131,10 @@ class Plan:
         """Mean over steps of (cost of the slowest rank / mean cost of a rank); 1.0 is perfect."""
         ratios = []
         for step in range(self.steps):
-            loads = [sum(self.cost(p, tile_tokens) for p in mine if p is not None) for mine in self.deal(step, world, tile_tokens)]
+            loads = [
+                sum(self.cost(p, tile_tokens) for p in mine if p is not None)
+                for mine in self.deal(step, world, tile_tokens)
+            ]
             ratios.append(max(loads) / (sum(loads) / world))
         return float(np.mean(ratios)) if ratios else 1.0
 
@@ -170,7 +173,9 @@ def make_plan(
         if 0 < epochs < epoch + 1:
             stream = stream[: max(1, round(len(stream) * (epochs - epoch)))]
         for sample in stream.tolist():
-            _first_fit(sample, int(lengths.tokens[sample]), int(lengths.tiles[sample]), budget, opened, bins, look_ahead)
+            _first_fit(
+                sample, int(lengths.tokens[sample]), int(lengths.tiles[sample]), budget, opened, bins, look_ahead
+            )
             if wanted is not None and len(bins) >= wanted:
                 break
         epoch += 1

@@ -49,7 +49,9 @@ def ingredients(recipe: Recipe, name: str, candidate: str | None) -> list[DataUs
     return uses + list(known[candidate])
 
 
-def train_digest(stage: StageSpec, uses: list[DataUse], init: ModelRef, datasets: dict[str, Manifest], family: str, seed: int) -> str:
+def train_digest(
+    stage: StageSpec, uses: list[DataUse], init: ModelRef, datasets: dict[str, Manifest], family: str, seed: int
+) -> str:
     """Identity of a training: everything that decides its weights, up to the order of float sums."""
     return digest(
         {
@@ -64,7 +66,9 @@ def train_digest(stage: StageSpec, uses: list[DataUse], init: ModelRef, datasets
     )
 
 
-def run(ctx: Context, stage_name: str, init: ModelRef, datasets: dict[str, Manifest], candidate: str | None = None) -> ModelRef:
+def run(
+    ctx: Context, stage_name: str, init: ModelRef, datasets: dict[str, Manifest], candidate: str | None = None
+) -> ModelRef:
     """Train a stage, or return the model that an equal training published before.
 
     Args:
@@ -95,7 +99,9 @@ def run(ctx: Context, stage_name: str, init: ModelRef, datasets: dict[str, Manif
     return ref
 
 
-def _job(ctx: Context, label: str, key: str, stage: StageSpec, uses: list, init: ModelRef, datasets: dict[str, Manifest]) -> Job:
+def _job(
+    ctx: Context, label: str, key: str, stage: StageSpec, uses: list, init: ModelRef, datasets: dict[str, Manifest]
+) -> Job:
     work = Path(ctx.scratch).resolve() / "training" / key[:32]
     work.mkdir(parents=True, exist_ok=True)
     files = {}
@@ -170,7 +176,10 @@ def _publish(ctx: Context, job: Job, init: ModelRef, datasets: dict[str, Manifes
     lineage = ModelLineage(
         step="train",
         stage=job.label,
-        params={"stage": job.stage.model_dump(mode="json"), "uses": [use.model_dump(mode="json") for use, _ in job.uses]},
+        params={
+            "stage": job.stage.model_dump(mode="json"),
+            "uses": [use.model_dump(mode="json") for use, _ in job.uses],
+        },
         parents=[init.weights_sha256],
         ancestor=init.weights_sha256,
         data=sorted({datasets[use.dataset].digest for use, _ in job.uses}),

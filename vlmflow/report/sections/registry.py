@@ -47,7 +47,7 @@ def _exported(found: dict[str, Any] | None) -> Safe:
         parts += [el("p", "Smoke test of the directory as a stranger would load it:"), _smoke(smoke)]
     else:
         parts.append(el("p", "Smoke test: ", el("code", smoke)))
-    files = [file for file in found.get("files") or [] if isinstance(file, dict)]
+    files = [file if isinstance(file, dict) else {"path": file} for file in found.get("files") or []]
     if files:
         rows = [[file.get("path"), size(file.get("bytes") or 0), code(file.get("sha256"))] for file in files]
         body = table(["file", "size", "sha256"], rows, numeric=(1,))
@@ -58,16 +58,15 @@ def _exported(found: dict[str, Any] | None) -> Safe:
 
 
 def _smoke(smoke: dict[str, Any]) -> Safe:
-    """Checks and figures as a table; lists of records (questions, replies) as tables of their own."""
-    rows, tables = [], []
-    for key, value in smoke.items():
-        if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-            columns = [c for c in dict.fromkeys(k for entry in value for k in entry) if c != "image"]
-            body = [[_value(entry.get(column)) for column in columns] for entry in value[:SMOKE_SHOWN]]
-            tables.append(join([el("h3", key.replace("_", " ")), table(columns, body)]))
-        else:
-            rows.append((key.replace("_", " "), _value(value)))
-    return join([facts(rows) if rows else "", *tables])
+    """Figures as facts; lists of equal length (prompts, answers of both) as the columns of one table."""
+    lists = {key: value for key, value in smoke.items() if isinstance(value, list) and value}
+    rows = [(key.replace("_", " "), _value(value)) for key, value in smoke.items() if key not in lists]
+    parts = [facts(rows)] if rows else []
+    for length in sorted({len(value) for value in lists.values()}):
+        columns = {key: value for key, value in lists.items() if len(value) == length}
+        body = [[_value(value[k]) for value in columns.values()] for k in range(min(length, SMOKE_SHOWN))]
+        parts.append(table([key.replace("_", " ") for key in columns], body))
+    return join(parts)
 
 
 def _value(value: Any) -> Any:

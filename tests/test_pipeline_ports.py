@@ -1,0 +1,278 @@
+"""Between Kubeflow artifacts and vlmflow's objects; and the checks before a run."""
+
+import io
+import json
+import types
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from vlmflow import pages, ports, preflight
+from vlmflow.dataset.layer import add_layer
+from vlmflow.dataset.manifest import Manifest
+from vlmflow.dataset.sample import Sample
+from vlmflow.dataset.shard import describe_shard, write_shard
+from vlmflow.errors import DataError, RecipeError, ServiceError
+from vlmflow.evaluation.scores import BenchmarkScore, Scores
+from vlmflow.models.store import FileRef, ModelLineage, ModelRef, dump_ref
+from vlmflow.recipe import load
+from vlmflow.soup.result import SoupEntry, SoupResult
+from vlmflow.step import Context
+
+TINY = Path(__file__).resolve().parents[1] / "recipes/points-tiny.yaml"
+CANDIDATES = ("charts", "pairs", "describe")
+
+
+class Port:
+    """An artifact as kfp gives it."""
+
+    def __init__(self, path: Path, **metadata: object) -> None:
+        self.path, self.metadata = str(path), dict(metadata)
+
+
+@pytest.fixture
+def ctx(tmp_path) -> Context:
+    return Context(load(TINY), (tmp_path / "store").as_uri(), tmp_path / "scratch", "r1", "test")
+
+
+def model(name: str, weights: str = "") -> ModelRef:
+    files = [FileRef(path="model.safetensors", sha256="a" * 64, bytes=8)]
+    return ModelRef(
+        name=name,
+        uri=f"file:///models/{name}",
+        files=files,
+        weights_sha256=weights or name,
+        lineage=ModelLineage(step="train"),
+    )
+
+
+def scores(name: str, accuracy: float = 0.5) -> Scores:
+    one = BenchmarkScore(
+        accuracy=accuracy, n=10, chance=0.1, parsed=1.0, errors=0, interval=(0.2, 0.8), kind="reading",
+        table_sha256="t", split_by="hash", predictions="file:///p",
+    )  # fmt: skip
+    return Scores(model_sha=name, split="report", benchmarks={"digits": one}, mean=accuracy)
+
+
+def stored(tmp_path: Path, ref: ModelRef, **metadata: object) -> Port:
+    port = Port(tmp_path / f"{ref.name}.json", **metadata)
+    dump_ref(ref, port.path)
+    return port
+
+
+def soup_port(tmp_path: Path, greedy_weights: str = "") -> Port:
+    def entry(ref: ModelRef) -> SoupEntry:
+        return SoupEntry(ref=ref, ingredients=["charts"], selection=scores(ref.name))
+
+    soups = {name: entry(model(name)) for name in ("maximum", "average")}
+    soups["greedy"] = entry(model("greedy", greedy_weights))
+    made = SoupResult(soups=soups, candidates={n: entry(model(n)) for n in CANDIDATES}, chosen="greedy", trace=[])
+    port = Port(tmp_path / "soup.json")
+    ports.put_soup(made, port, Port(tmp_path / "chosen"), Port(tmp_path / "page"), Port(tmp_path / "metrics"))
+    return port
+
+
+def trained(tmp_path: Path) -> list[Port]:
+    return [stored(tmp_path, model(name), candidate=name) for name in reversed(CANDIDATES)]
+
+
+def test_only_numbers_become_metrics(tmp_path):
+    page, metrics = Port(tmp_path / "a/page.html"), Port(tmp_path / "metrics")
+    ports.show("T", {"rows": 3, "ok": True, "why": "text", "nan": float("nan"), "by": {"ms": 1.5}}, page, metrics)
+    assert metrics.metadata == {"rows": 3, "ok": 1, "by.ms": 1.5}
+    assert json.loads(Path(metrics.path).read_text()) == metrics.metadata
+    assert "text" in Path(page.path).read_text()
+
+
+def test_pages_show_hostile_text_as_text():
+    shown = pages.page("<b>", {"k": "<script>"}, [{"<i>": "a&b", "image": pages.Picture("data:x'onerror='y")}])
+    assert "<script>" not in shown and "<b>" not in shown and "<i>" not in shown
+    assert "a&amp;b" in shown and "'onerror" not in shown
+
+
+def test_candidates_come_back_in_the_order_of_the_recipe(ctx, tmp_path):
+    found = ports.get_candidates(ctx, trained(tmp_path))
+    assert list(found) == list(CANDIDATES) == ports.candidate_names(ctx)
+    with pytest.raises(DataError, match=r"\['pairs'\] were not trained: 2 of 3"):
+        ports.get_candidates(ctx, [p for p in trained(tmp_path) if p.metadata["candidate"] != "pairs"])
+
+
+def test_every_model_is_evaluated_once_in_groups(ctx, tmp_path):
+    first, model_p = stored(tmp_path, model("untrained")), stored(tmp_path, model("bootstrap"))
+    for evaluators in (1, 2, 3.0, 100):
+        groups = ports.lineup(ctx, first, model_p, trained(tmp_path), soup_port(tmp_path), evaluators)
+        assert len(groups) == min(int(evaluators), 8) and all(groups)
+        names = [name for group in groups for name in group]
+        assert sorted(names) == sorted(["untrained", "bootstrap", *CANDIDATES, *ports.SOUPS])
+        assert ports.group_name(groups[0]) == "evaluate-untrained"
+
+
+def test_a_soup_with_a_candidates_weights_shares_its_group(ctx, tmp_path):
+    first, model_p = stored(tmp_path, model("untrained")), stored(tmp_path, model("bootstrap"))
+    groups = ports.lineup(ctx, first, model_p, trained(tmp_path), soup_port(tmp_path, "charts"), 100)
+    assert len(groups) == 7
+    assert [set(group) for group in groups if "charts" in group] == [{"charts", "soup-greedy"}]
+
+
+def test_scores_of_all_groups_come_in_one_order(ctx, tmp_path):
+    groups = [("soup-greedy", "charts"), ("untrained", "soup-maximum"), ("pairs", "bootstrap")]
+    made = []
+    for i, names in enumerate(groups):
+        made.append(Port(tmp_path / f"s{i}"))
+        page, metrics = Port(tmp_path / "page"), Port(tmp_path / "metrics")
+        ports.put_scores({name: scores(name) for name in names}, made[-1], page, metrics)
+        assert metrics.metadata[f"{names[0]}.digits"] == 0.5
+    found = ports.get_scores(ctx, made)
+    assert list(found) == ["untrained", "bootstrap", "charts", "pairs", "soup-maximum", "soup-greedy"]
+    assert found["pairs"] == scores("pairs")
+
+
+def test_the_chosen_soup_is_the_model_that_goes_on(tmp_path):
+    port = soup_port(tmp_path)
+    assert ports.get_model(Port(tmp_path / "chosen")).name == "greedy"
+    assert ports.get_soup(port).chosen == "greedy"
+
+
+def dataset(ctx: Context, tmp_path: Path) -> Manifest:
+    out = io.BytesIO()
+    Image.new("RGB", (300, 200), "red").save(out, "PNG")
+    found = {"sha256": "x", "width": 300, "height": 200, "format": "png"}
+    samples = [
+        Sample(f"k{i}", {"id": str(i), "text": f"text {i}", "images": [found]}, (out.getvalue(),)) for i in range(2)
+    ]
+    samples.append(Sample("k2", {"id": "2", "conversations": [{"from": "human", "value": "why?"}], "images": []}))
+    path = tmp_path / "s.tar"
+    write_shard(path, samples)
+    manifest = Manifest(name="web", shards=[describe_shard(path, path.as_uri(), 3, "web")])
+
+    def compute(reader, upstream):
+        return [{"key": key, "text": f"READ {key}", "error": None} for key in reader.keys()]
+
+    return add_layer(ctx, manifest, "ocr", params={}, version=1, schema={"text": "str"}, compute=compute)
+
+
+def test_a_dataset_travels_and_its_page_shows_samples_and_the_new_layer(ctx, tmp_path):
+    manifest = dataset(ctx, tmp_path)
+    data, page, metrics = Port(tmp_path / "data"), Port(tmp_path / "page"), Port(tmp_path / "metrics")
+    ports.put_manifest(ctx, manifest, data, page, metrics, title="OCR", layer="ocr")
+    assert ports.get_manifest(data) == manifest
+    assert data.metadata["digest"] == manifest.digest and metrics.metadata["samples"] == 3
+    shown = Path(page.path).read_text()
+    assert "data:image/jpeg;base64," in shown and "READ k1" in shown and "text 0" in shown and "why?" in shown
+
+
+def test_datasets_that_the_recipe_lacks_are_empty_and_left_out(ctx, tmp_path):
+    ctx.recipe = ctx.recipe.model_copy(update={"data": {}})
+    empty = Port(tmp_path / "seed")
+    ports.write_object(ports.pull(ctx, "seed"), empty.path)
+    assert ports.get_manifests(seed=empty) == {}
+
+
+def test_steps_that_the_recipe_leaves_out_hand_their_input_through(ctx, tmp_path):
+    manifest = Manifest(name="web", shards=[])
+    curation = ctx.recipe.curation.model_copy(update={"dataset": None})
+    ctx.recipe = ctx.recipe.model_copy(update={"curation": curation, "bootstrap": None, "stages": {}})
+    assert ports.curate(ctx, None, manifest) is manifest
+    first = model("first")
+    assert ports.train(ctx, "bootstrap", first, {}) is first
+    assert ports.train(ctx, "align", first, {}) is first
+
+
+def test_an_artifact_with_something_else_in_it_is_named(tmp_path):
+    path = tmp_path / "x"
+    path.write_text("{}")
+    with pytest.raises(DataError, match="holds no ModelRef"):
+        ports.read_object(ModelRef, path)
+
+
+def test_report_and_summary_reach_the_store(ctx, tmp_path, monkeypatch):
+    from vlmflow.report import run
+
+    monkeypatch.setattr(run, "run", lambda ctx, inputs: f"<p>{inputs.soup['chosen']} {list(inputs.scores)}")
+    registered, exported = Port(tmp_path / "r"), Port(tmp_path / "e")
+    ports.write_object({"name": "n-candidates", "version": "3", "url": "http://x", "gates": {}}, registered.path)
+    ports.write_object({"uri": "file:///e", "files": []}, exported.path)
+    page = Port(tmp_path / "page")
+    ports.put_report(ctx, {}, {}, {"untrained": scores("u", 0.1)}, soup_port(tmp_path), registered, exported, page)
+    folder = tmp_path / "store/runs/r1"
+    assert (folder / "report.html").read_text() == Path(page.path).read_text() == "<p>greedy ['untrained']"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["scores"] == {"untrained": {"digits": 0.1, "mean": 0.1}} and summary["chance"] == {"digits": 0.1}
+    assert summary["registered"] == {"name": "n-candidates", "version": "3", "url": "http://x"}
+    assert summary["chosen"] == "greedy" and summary["exported"] == {"uri": "file:///e"}
+
+
+# --- preflight -------------------------------------------------------------------------------------------------------
+
+
+def test_the_soup_choice_of_the_form_overrides_the_recipe():
+    assert preflight.resolve(str(TINY), [], "average").soup.choose == "average"
+    assert preflight.resolve(str(TINY), ["soup.choose=best"], "recipe").soup.choose == "best"
+    with pytest.raises(RecipeError, match=r"soup\.choose"):
+        preflight.resolve(str(TINY), [], "worst")
+
+
+def test_stages_in_another_order_are_refused():
+    recipe = load(TINY)
+    turned = {name: recipe.stages[name] for name in ("align", "ocr", "sft")}
+    with pytest.raises(RecipeError, match=r"order \['ocr', 'align', 'sft'\]"):
+        preflight.suits_pipeline(recipe.model_copy(update={"stages": turned}))
+    more = {**recipe.stages, "rlhf": recipe.stages["sft"]}
+    with pytest.raises(RecipeError, match=r"also has .*rlhf"):
+        preflight.suits_pipeline(recipe.model_copy(update={"stages": more}))
+    curation = recipe.curation.model_copy(update={"dataset": "seed"})
+    with pytest.raises(RecipeError, match=r"curation\.dataset.*'web'.*'seed'"):
+        preflight.suits_pipeline(recipe.model_copy(update={"curation": curation}))
+
+
+def local_tables(ctx: Context, tmp_path: Path) -> None:
+    for uri in preflight_tables(ctx):
+        (tmp_path / uri.rsplit("/", 1)[1]).touch()
+    text = TINY.read_text().replace("http://127.0.0.1:8765/tables", str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text(text.replace("http://127.0.0.1:8765/benchmarks", str(tmp_path)))
+    ctx.recipe = load(tmp_path / "recipe.yaml")
+
+
+def preflight_tables(ctx: Context) -> list[str]:
+    tables = [source.table for spec in ctx.recipe.data.values() for source in spec.sources.values()]
+    return tables + [spec.table for spec in ctx.recipe.evaluation.benchmarks.values()]
+
+
+def test_preflight_passes_and_names_what_is_missing(ctx, tmp_path, monkeypatch):
+    local_tables(ctx, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
+    assert len(preflight.check(ctx)) >= 4
+    (tmp_path / "web.parquet").unlink()
+    with pytest.raises(DataError, match=r"data\.web\.sources\.web\.table: there is no table at .*web\.parquet"):
+        preflight.check(ctx)
+
+
+def test_preflight_without_mlflow(ctx, tmp_path, monkeypatch):
+    local_tables(ctx, tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(ServiceError, match="MLFLOW_TRACKING_URI is not set"):
+        preflight.check(ctx)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    with pytest.raises(ServiceError, match=r"does not answer at http://127.0.0.1:1/health"):
+        preflight.check(ctx)
+
+
+def test_preflight_with_a_dead_table_server(ctx, monkeypatch):
+    with pytest.raises(DataError, match=r"data\.seed\.sources\.captions\.table: http://127.0.0.1:1/x does not answer"):
+        preflight._table("data.seed.sources.captions.table", "http://127.0.0.1:1/x")
+
+
+def test_preflight_with_a_full_scratch_disk(ctx, monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**20))
+    with pytest.raises(ServiceError, match=r"1 MiB free.*256 MiB"):
+        preflight._scratch(ctx)
+
+
+def test_preflight_with_an_endpoint_that_is_not_configured(ctx, monkeypatch):
+    caption = ctx.recipe.curation.caption.model_copy(update={"engine": "openai"})
+    curation = ctx.recipe.curation.model_copy(update={"caption": caption})
+    ctx.recipe = ctx.recipe.model_copy(update={"curation": curation})
+    monkeypatch.delenv("VLMFLOW_CAPTION_URL", raising=False)
+    with pytest.raises(ServiceError, match="VLMFLOW_CAPTION_URL is not set"):
+        preflight._services(ctx)

@@ -1,0 +1,324 @@
+"""The training loop of one rank.
+
+It knows no stage by name: what trains, on what and at which rate is data. The loss of a step is the sum over its target
+tokens divided by their number over all ranks and micro-batches, known from the pack plan before the step begins.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import resource
+import shutil
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from vlmflow.errors import StepFailed, VlmflowError
+from vlmflow.training.job import Job, emit
+
+NOT_COPIED = {"model.json", "model.safetensors.index.json", "train_log.jsonl", "trainable.json"}
+REPORT_EVERY = 0.3  # seconds between step events
+
+
+class Preempted(Exception):
+    """SIGTERM arrived and a checkpoint was written."""
+
+
+class Trainer:
+    """State of one rank. ``Trainer(job, rank, world).run()`` trains and, on rank 0, writes ``job.out``.
+
+    Args:
+        rendezvous: where ranks meet, ``env://`` or ``file://``; used once a process.
+        stop: set from outside (SIGTERM) to save and stop after the current step.
+    """
+
+    def __init__(
+        self, job: Job, rank: int = 0, world: int = 1, rendezvous: str = "env://", stop: threading.Event | None = None
+    ) -> None:
+        import torch
+
+        from vlmflow.training import engine as ds
+
+        self.job, self.stage, self.rank, self.world = job, job.stage, rank, world
+        self.stop = stop or threading.Event()
+        torch.set_num_threads(self.stage.threads)
+        self.device = ds.join(rendezvous, rank, world)
+        self._load()
+        self._prepare()
+
+    def _load(self) -> None:
+        import torch
+
+        from vlmflow import models
+        from vlmflow.training import engine as ds
+        from vlmflow.training.optimizer import Rule, make_table, parameter_groups
+
+        stage = self.stage
+        self.family = models.family(self.job.family)
+        dtype = torch.bfloat16 if stage.dtype == "bf16" else torch.float32
+        model, self.tokenizer = models.load_model(self.job.model, dtype=dtype)
+        self.config = model.config
+        self.rules = [Rule(r.modules, r.lr, r.last, r.weight_decay) for r in stage.train]
+        sizes = {name: p.numel() for name, p in model.named_parameters()}
+        self.table = make_table(sizes, self.rules, self.family.roles, self.family.unused, self.family.layers)
+        groups, self.group_labels = parameter_groups(model, self.table, self.rules, stage.optimizer.weight_decay)
+        if self.rank == 0:
+            emit(event="table", text=self.table.as_text(), table=self.table.as_json())
+        torch.manual_seed(self.job.seed)
+        self.engine = ds.make_engine(
+            model.to(self.device), groups, stage.optimizer.model_dump(), stage.zero, stage.dtype
+        )
+        self.engine.train()
+
+    def _prepare(self) -> None:
+        """Examples and plan: rank 0 of a machine encodes, the others map the result."""
+        import numpy as np
+        import torch
+        import torch.distributed as dist
+        from PIL import Image
+
+        from vlmflow.models.chat import Segment
+        from vlmflow.training import examples
+        from vlmflow.training.plan import Budget, make_plan
+
+        job, stage, family, config = self.job, self.stage, self.family, self.config
+
+        def encode(segments: Any, images: list[dict[str, Any]]) -> examples.Encoded:
+            tiles = [family.tiles_for(i["width"], i["height"], config) for i in images]
+            ids, target = family.expand(segments, self.tokenizer, tiles, config)
+            return examples.Encoded(ids, target, tiles)
+
+        folder = Path(job.work) / "examples"
+        failed: VlmflowError | None = None
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            try:
+                examples.prepare(folder, job.mixture(), stage, encode, job.seed, Path(job.scratch))
+            except VlmflowError as error:
+                failed = error
+        if self.world > 1:
+            told = torch.tensor([failed is not None], dtype=torch.float32, device=self.device)
+            dist.all_reduce(told)
+            if failed is None and told[0] > 0:
+                raise StepFailed("preparing the examples failed on another rank; its own message says why")
+        if failed is not None:
+            raise failed
+        self.examples = examples.load(folder)
+        self.plan = make_plan(
+            self.examples.lengths(),
+            Budget(stage.budget.tokens, stage.budget.tiles),
+            stage.packs,
+            job.seed,
+            stage.epochs,
+            stage.max_steps,
+        )
+        dropped = [{"reason": reason, "count": 1, "example": self.key_of(i)} for i, reason in self.plan.dropped[:3]]
+        report = self.examples.report
+        examples.check_failures(
+            report["failed"] + len(self.plan.dropped),
+            report["seen"],
+            stage.failure_limit,
+            [*dropped, *report["reasons"]],
+        )
+        self.tile_tokens = float(family.tokens_per_tile(config))
+        blank = family.tile(Image.new("RGB", (8, 8)), config)
+        self.side = int(np.shape(blank)[1])
+        self.dummy, _ = family.expand([Segment(image=0)], self.tokenizer, [1], config)
+
+    def key_of(self, number: int) -> str:
+        """Sample key of an example."""
+        from vlmflow.dataset.shard import ShardReader
+
+        reference, _ = self.examples.shards[int(self.examples.arrays["shard"][number])]
+        return ShardReader(reference, self.job.scratch).keys()[int(self.examples.arrays["row"][number])]
+
+    def run(self) -> None:
+        """Train from the newest checkpoint to the last step.
+
+        Raises:
+            Preempted: SIGTERM; a checkpoint was written.
+            StepFailed: the loss or the gradient is not finite (names the samples).
+        """
+        from vlmflow.training import engine as ds
+        from vlmflow.training.loader import Loader
+        from vlmflow.training.optimizer import rate
+
+        first, log = self._resume()
+        schedule, steps = self.stage.schedule, self.plan.steps
+        loader = Loader(
+            self.examples,
+            self.plan,
+            lambda image: self.family.tile(image, self.config),
+            self.family.positions,
+            self.dummy,
+            self.side,
+            Path(self.job.scratch),
+            self.rank,
+            self.world,
+            self.tile_tokens,
+            workers=1 if self.device.type == "cpu" else max(2, self.stage.threads),
+        )
+        if self.rank == 0:
+            report = self.plan.report | {"imbalance": round(self.plan.imbalance(self.world, self.tile_tokens), 4)}
+            emit(event="plan", steps=steps, first=first, report=report, examples=self.examples.report)
+        gc.freeze()  # the imports and the model are not garbage; the collector need not look at them again
+        shown = 0.0
+        try:
+            started = time.perf_counter()
+            for step, micros in loader.steps(first):
+                rates = ds.set_rates(self.engine, rate(step, steps, schedule.name, schedule.warmup, schedule.final))
+                loss, images, stop = self._step(step, micros)
+                now = time.perf_counter()
+                if self.rank == 0:
+                    record = self._record(step, loss, images, rates, now - started, loader.waited)
+                    log.step(step, record)
+                    if now - shown > REPORT_EVERY or step + 1 == steps:
+                        shown = now
+                        emit(
+                            event="step",
+                            step=step + 1,
+                            loss=record["loss"],
+                            tokens_per_second=record["tokens_per_second"],
+                        )
+                started, loader.waited = now, 0.0
+                done = step + 1
+                if done < steps and (stop or done % self.stage.checkpoint.every == 0):
+                    self._save(done, log)
+                if stop and done < steps:
+                    raise Preempted
+            self._finish(log)
+        finally:
+            loader.close()
+            if log is not None:
+                log.close()
+                if log.tracker is not None and log.tracker.problem:
+                    emit(event="note", text=log.tracker.problem + "; training went on without it")
+
+    def _step(self, step: int, micros: list[Any]) -> tuple[float, int, bool]:
+        """One optimizer step; returns (loss in nats per target, images, whether a rank was told to stop)."""
+        import torch
+        import torch.distributed as dist
+
+        from vlmflow.models.loss import packed_loss
+        from vlmflow.training.batch import to_torch
+
+        torch.manual_seed((self.job.seed * 1_000_003 + step) * 4096 + self.rank)
+        targets = max(1, self.plan.targets_of(step))
+        total = torch.zeros((), device=self.device, dtype=torch.float64)
+        images = 0
+        for micro in micros:
+            loss_sum, _ = packed_loss(self.engine, to_torch(micro.batch, self.device))
+            self.engine.backward(loss_sum / targets, scale_wrt_gas=False)
+            total += loss_sum.detach()
+            images += micro.images
+        mine = float(total)
+        stop = self.stop.is_set()
+        everyone = mine
+        if self.world > 1:
+            told = torch.tensor([mine, images, stop], dtype=torch.float64, device=self.device)
+            dist.all_reduce(told)
+            everyone, images, stop = float(told[0]), int(told[1]), bool(told[2] > 0)
+        if not math.isfinite(everyone):
+            raise StepFailed(self._not_finite(step, f"the loss is {everyone / targets}", micros, mine))
+        self.engine.step()
+        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        if not math.isfinite(norm):
+            raise StepFailed(self._not_finite(step, f"the gradient norm is {norm}", micros, mine))
+        self.norm = norm
+        return everyone / targets, images, stop
+
+    def _not_finite(self, step: int, what: str, micros: list[Any], mine: float) -> str:
+        keys = [key for micro in micros for key in micro.keys]
+        where = (
+            "its samples are"
+            if not math.isfinite(mine) or self.world == 1
+            else "another rank's samples caused it; here were"
+        )
+        return (
+            f"step {step}: {what}; training stopped before the weights were spoilt. On rank {self.rank} {where} {keys}. Look at "
+            "these samples, lower the learning rate or lengthen the warm-up; the last checkpoint is untouched."
+        )
+
+    def _record(
+        self, step: int, loss: float, images: int, rates: list[float], seconds: float, waited: float
+    ) -> dict[str, Any]:
+        import torch
+
+        packs = self.plan.packs_of(step)
+        tokens = int(self.plan.pack_tokens[packs.start : packs.stop].sum())
+        if self.device.type == "cuda":
+            memory = torch.cuda.max_memory_allocated(self.device) / 2**20
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return {
+            "loss": round(loss, 6),
+            "lr": dict(zip(self.group_labels, rates, strict=True)),
+            "grad_norm": round(self.norm, 6),
+            "tokens": tokens,
+            "targets": self.plan.targets_of(step),
+            "seconds": round(seconds, 5),
+            "tokens_per_second": round(tokens / seconds, 1),
+            "images_per_second": round(images / seconds, 2),
+            "data_wait": round(waited / seconds, 4),
+            "memory_mb": round(memory, 1),
+        }
+
+    def _resume(self) -> tuple[int, Any]:
+        """(first step, log or None): state of the newest complete checkpoint is put back on every rank."""
+        from vlmflow.training import checkpoint
+        from vlmflow.training import engine as ds
+        from vlmflow.training.log import TrainLog, steps_before, tracker_from_environment
+
+        job = self.job
+        plan = self.plan.digest()
+        copy = Path(job.work) / f"resume-{self.rank}"
+        found, ignored = checkpoint.newest(job.checkpoints, plan, copy)
+        first, earlier = 0, ""
+        if found is not None:
+            ds.restore(self.engine, *found.tensors(), found.step)
+            first, earlier = found.step, steps_before(found.log, found.step)
+        shutil.rmtree(copy, ignore_errors=True)
+        if self.rank:
+            return first, None
+        for text in ignored:
+            emit(event="note", text=f"checkpoint passed over: {text}")
+        if found is not None:
+            emit(
+                event="note",
+                text=f"resumed at step {first} of {self.plan.steps} (written by {found.state['world']} processes)",
+            )
+        tracker, problem = None, ""
+        if job.tracking:
+            tracker, problem = tracker_from_environment(**job.tracking)
+        if problem:
+            emit(event="note", text=problem)
+        return first, TrainLog(job.log, earlier, tracker)
+
+    def _save(self, done: int, log: Any) -> None:
+        from vlmflow.training import checkpoint
+        from vlmflow.training import engine as ds
+
+        weights, moments = ds.capture(self.engine)
+        if self.rank == 0:
+            state = {"plan": self.plan.digest(), "world": self.world, "seed": self.job.seed, "key": self.job.key}
+            work = Path(self.job.work) / "saving"
+            checkpoint.save(
+                self.job.checkpoints, done, weights, moments, state, log.text(), work, self.stage.checkpoint.keep
+            )
+            emit(event="checkpoint", step=done)
+
+    def _finish(self, log: Any) -> None:
+        """Rank 0 writes the model folder: weights and config of the trained model, the rest as it was."""
+        if self.rank:
+            return
+        out = self.job.out
+        shutil.rmtree(out, ignore_errors=True)
+        for path in sorted(Path(self.job.model).rglob("*")):
+            if path.is_file() and path.suffix != ".safetensors" and path.name not in NOT_COPIED:
+                target = out / path.relative_to(self.job.model)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+        self.engine.module.save_pretrained(out)
+        emit(event="done", step=self.plan.steps)
