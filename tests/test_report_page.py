@@ -105,6 +105,8 @@ def test_perplexity_counts_planted_samples(text):
 
 
 def test_pull_gallery_training_soup_registry_lineage_tell_the_run(text):
+    assert "kept: 8 of 32, from the lowest" in text["samples"] and "removed: 8 of 107" in text["samples"]
+    assert "not scored, so not kept: 1 of 1" in text["samples"]
     assert "http 404" in text["pull"] and "9 (5.3 %)" in text["pull"]
     assert "serial no." in text["samples"] and "planted" in text["samples"] and "What digit is this?" in text["samples"]
     for part in ("Model P", "Stage 1", "Stage 2", "candidate charts", "frozen", "812 544", "tokens/s 5200"):

@@ -153,7 +153,10 @@ class Page:
 
     @property
     def benchmarks(self) -> list[str]:
-        return list(dict.fromkeys(b for score in self.inputs.scores.values() for b in score.get("benchmarks", {})))
+        """Benchmarks that were scored, in the order of the recipe."""
+        scored = dict.fromkeys(b for score in self.inputs.scores.values() for b in score.get("benchmarks", {}))
+        named = [b for b in self.ctx.recipe.evaluation.benchmarks if b in scored]
+        return [*named, *(b for b in scored if b not in named)]
 
     def score(self, model: str | None, benchmark: str) -> dict[str, Any] | None:
         return (self.inputs.scores.get(model or "") or {}).get("benchmarks", {}).get(benchmark)

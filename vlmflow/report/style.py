@@ -48,7 +48,8 @@ td small,.small{color:var(--dim);font-size:12px}
 .nowrap{white-space:nowrap}
 table.facts{width:auto;min-width:50%}table.facts th{white-space:nowrap;padding-right:28px;border-bottom:1px solid var(--faint)}
 table.samples td{min-width:110px;max-width:230px;overflow-wrap:anywhere}
-table.samples td:first-child{min-width:0}
+table.samples td:first-child,table.samples td:nth-child(6),table.samples td:nth-child(7){min-width:0}
+table.samples td:nth-child(8){min-width:150px}
 img.thumb{display:block;max-width:150px;max-height:84px;border:1px solid var(--edge);border-radius:4px;background:#fff}
 .grid{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(205px,100%),1fr));gap:12px;margin:10px 0}
 .item{border:1px solid var(--edge);border-radius:8px;padding:10px;font-size:13px;overflow-wrap:anywhere}

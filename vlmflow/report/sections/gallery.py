@@ -9,6 +9,7 @@ from vlmflow.report.numbers import short
 from vlmflow.report.page import Page, Row, thumbnail
 
 A_KIND = 8  # samples of each kind: kept, removed, planted
+GROUPS = ("kept", "removed", "planted rare facts", "not scored, so not kept", "not ranked")
 OTHERS = 12  # samples of each other dataset
 
 
@@ -28,21 +29,16 @@ def section(page: Page) -> Safe:
 
 
 def _curated(page: Page) -> Safe:
-    planted = [row for row in page.rows if row.planted]
-    kept = [row for row in page.rows if not row.planted and row.get("keep", "keep")]
-    removed = [row for row in page.rows if not row.planted and row.get("keep", "keep") is False]
-    neither = [] if kept or removed else [row for row in page.rows if not row.planted]
+    groups: dict[str, list[Row]] = {}
+    for row in page.rows:
+        groups.setdefault(_group(row), []).append(row)
     head = ["image", "alt text", "OCR", "synthetic", "fused", "PPL", "kept?", "why"]
     rows: list[Safe] = []
-    for label, group in (
-        ("kept", kept),
-        ("removed", removed),
-        ("planted rare facts", planted),
-        ("not ranked", neither),
-    ):
-        if group:
+    for label in GROUPS:
+        if group := groups.get(label):
             shown = spread(sorted(group, key=_rank), A_KIND)
-            title = f"{label}: {len(shown)} of {len(group)}, from the lowest perplexity to the highest"
+            order = ", from the lowest perplexity to the highest" if any(row.get("ppl", "ppl") for row in group) else ""
+            title = f"{label}: {len(shown)} of {len(group)}{order}"
             rows.append(el("tr", el("td", title, colspan=len(head)), cls="group"))
             rows += [el("tr", *(el("td", cell) for cell in _cells(page, row))) for row in shown]
     body = el("table", el("thead", el("tr", *(el("th", h) for h in head))), el("tbody", *rows), cls="samples")
@@ -51,6 +47,15 @@ def _curated(page: Page) -> Safe:
         el("div", body, cls="scroll", tabindex="0"),
         note("“planted” comes from a column of the demo's table that no step reads; only this page does."),
     ])  # fmt: skip
+
+
+def _group(row: Row) -> str:
+    if row.planted:
+        return "planted rare facts"
+    if row.get("ppl", "error"):
+        return "not scored, so not kept"
+    keep = row.get("keep", "keep")
+    return "not ranked" if keep is None else "kept" if keep else "removed"
 
 
 def _rank(row: Row) -> tuple[float, str]:
@@ -68,7 +73,10 @@ def spread(items: list[Any], n: int) -> list[Any]:
 def _cells(page: Page, row: Row) -> list[Any]:
     alt = join([row.meta.get("text") or "", " ", tag("planted", "warn") if row.planted else ""])
     keep = row.get("keep", "keep")
-    verdict = tag("not run") if keep is None else tag("kept", "good") if keep else tag("removed", "bad")
+    if row.get("ppl", "error"):
+        verdict = tag("not scored", "warn")
+    else:
+        verdict = tag("not run") if keep is None else tag("kept", "good") if keep else tag("removed", "bad")
     how = ", ".join(filter(None, [row.get("fused", "engine"), *(row.get("fused", "problems") or [])]))
     fused = join([_text(row, "fused"), *([el("br"), el("small", how)] if how else [])])
     ppl = row.get("ppl", "ppl")
