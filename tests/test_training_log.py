@@ -73,6 +73,7 @@ def test_every_number_reaches_a_new_run(server: Server, tmp_path: Path) -> None:
     sent = [m for name, body in server.calls for m in body.get("metrics", [])]
     assert sorted(m["step"] for m in sent if m["key"] == "sft/loss") == list(range(400))
     assert {m["key"] for m in sent} == {"sft/loss", "sft/lr/projector _no decay_"}
+    assert server.calls[-1][0] == "runs/update" and server.calls[-1][1]["status"] == "FINISHED"
     assert max(len(body.get("metrics", [])) for _, body in server.calls) <= 1000
 
 
@@ -80,7 +81,7 @@ def test_given_run_is_used(server: Server, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("MLFLOW_RUN_ID", "mine")
     tracked(tmp_path / "log.jsonl")
     assert {body["run_id"] for _, body in server.calls} == {"mine"}
-    assert {name for name, _ in server.calls} == {"runs/log-batch"}
+    assert {name for name, _ in server.calls} == {"runs/log-batch"}, "a run that others made is theirs to end"
 
 
 def test_dead_server_is_reported_and_the_file_is_whole(

@@ -2,8 +2,8 @@
 
 A small pool of threads reads, decodes and tiles the packs of the coming micro-batches (Pillow and file reads release
 the interpreter lock), so that the loop finds them ready; the time it nevertheless waits is measured and reported.
-Order never depends on which thread finishes first. Shards are opened when the plan first touches them, which under
-windowed shuffling means a window of shards at a time.
+Order never depends on which thread finishes first. Shards are copied to local disk some packs before the plan touches
+them; under windowed shuffling that is a window of shards at a time.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from vlmflow.training.examples import Examples
 from vlmflow.training.plan import Plan
 
 OPEN_SHARDS = 128
+FETCH_AHEAD = 32  # packs whose shards are fetched before the packs are built
 
 
 class Micro(NamedTuple):
@@ -70,22 +72,22 @@ class Loader:
         self.waited = 0.0
         self.ahead = ahead * workers
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-        self._readers: OrderedDict[int, tuple[ShardReader, list[str]]] = OrderedDict()
+        self.fetchers = ThreadPoolExecutor(2, thread_name_prefix="fetcher")
+        self._readers: OrderedDict[int, Future[tuple[ShardReader, list[str]]]] = OrderedDict()
         self._lock = threading.Lock()
 
     def steps(self, first: int = 0) -> Iterator[tuple[int, list[Micro]]]:
         """(step, its micro-batches on this rank) from step ``first`` on."""
         queue: deque[tuple[int, int, Future[Micro]]] = deque()
+        coming: deque[tuple[int, int, int | None]] = deque()
         source = self._packs(first)
-        exhausted = False
         collected: list[Micro] = []
         while True:
-            while not exhausted and len(queue) < self.ahead:
-                item = next(source, None)
-                if item is None:
-                    exhausted = True
-                    break
-                step, count, number = item
+            for item in islice(source, FETCH_AHEAD - len(coming)):
+                coming.append(item)
+                self._fetch(item[2])
+            while coming and len(queue) < self.ahead:
+                step, count, number = coming.popleft()
                 queue.append((step, count, self.pool.submit(self.micro, number)))
             if not queue:
                 return
@@ -106,7 +108,7 @@ class Loader:
     def micro(self, number: int | None) -> Micro:
         """Build one micro-batch; ``None`` is a pack without samples, for ranks that have fewer."""
         segments, tiles, keys, images, tokens = [], [], [], 0, 0
-        for sample in self.plan.samples_of(number) if number is not None else []:
+        for sample in self._samples(number):
             ids = np.asarray(self.examples.ids(sample))
             key, made = self._tiles(sample)
             segments.append((ids, self.positions(ids), self.examples.labels(sample)))
@@ -123,7 +125,7 @@ class Loader:
     def _tiles(self, sample: int) -> tuple[str, list[np.ndarray]]:
         from vlmflow.vision.image import decode
 
-        reader, keys = self._reader(int(self.examples.arrays["shard"][sample]))
+        reader, keys = self._opened(int(self.examples.arrays["shard"][sample])).result()
         key = keys[int(self.examples.arrays["row"][sample])]
         expected = self.examples.tiles(sample)
         if not expected:
@@ -140,17 +142,28 @@ class Loader:
             made.append(found)
         return key, made
 
-    def _reader(self, shard: int) -> tuple[ShardReader, list[str]]:
-        with self._lock:
-            if shard in self._readers:
-                self._readers.move_to_end(shard)
-                return self._readers[shard]
+    def _fetch(self, number: int | None) -> None:
+        """Begin to bring the shards of a pack to local disk."""
+        for shard in {int(self.examples.arrays["shard"][i]) for i in self._samples(number)}:
+            self._opened(shard)
+
+    def _samples(self, number: int | None) -> list[int]:
+        return [] if number is None else self.plan.samples_of(number)
+
+    def _opened(self, shard: int) -> Future[tuple[ShardReader, list[str]]]:
+        def read() -> tuple[ShardReader, list[str]]:
             reader = ShardReader(self.examples.shards[shard][0], self.scratch)
-            self._readers[shard] = (reader, reader.keys())
-            if len(self._readers) > OPEN_SHARDS:
-                self._readers.popitem(last=False)
+            return reader, reader.keys()
+
+        with self._lock:
+            if shard not in self._readers:
+                self._readers[shard] = self.fetchers.submit(read)
+                if len(self._readers) > OPEN_SHARDS:
+                    self._readers.popitem(last=False)
+            self._readers.move_to_end(shard)
             return self._readers[shard]
 
     def close(self) -> None:
         """Stop the threads; pending work is dropped."""
         self.pool.shutdown(wait=False, cancel_futures=True)
+        self.fetchers.shutdown(wait=False, cancel_futures=True)

@@ -50,11 +50,11 @@ class TrainLog:
         self.file.flush()
         return self.path.read_text(encoding="utf-8")
 
-    def close(self) -> None:
-        """Flush the file and let the tracker send what is left, within a bound."""
+    def close(self, status: str = "FINISHED") -> None:
+        """Flush the file and let the tracker send what is left, within a bound, and end its run as ``status``."""
         self.file.close()
         if self.tracker is not None:
-            self.tracker.close()
+            self.tracker.close(status)
 
 
 def steps_before(text: str, step: int) -> str:
@@ -106,6 +106,7 @@ class Tracker:
         self.uri, self.run_id, self.prefix = uri.rstrip("/"), run_id, prefix
         self.experiment, self.name, self.tags, self.params = experiment, name, tags, params
         self.problem = ""
+        self._owns, self._status = not os.environ.get("MLFLOW_RUN_ID"), "FINISHED"
         self._queue: queue.Queue[tuple[int, int, dict[str, Any]] | None] = queue.Queue()
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
@@ -114,8 +115,9 @@ class Tracker:
         """Queue the numbers of a step; returns at once."""
         self._queue.put((step, int(time.time() * 1000), record))
 
-    def close(self) -> None:
-        """Send the rest; gives up after ``CLOSING`` seconds."""
+    def close(self, status: str = "FINISHED") -> None:
+        """Send the rest and, for a run made here, its status; gives up after ``CLOSING`` seconds."""
+        self._status = status
         self._queue.put(None)
         self._thread.join(CLOSING)
         if self._thread.is_alive():
@@ -143,6 +145,12 @@ class Tracker:
                     points += [{"key": k, "value": v, "timestamp": stamp, "step": step} for k, v in flat.items()]
             if points and self.run_id:
                 self._send(points)
+        if self._owns and self.run_id and not self.problem:
+            body = {"run_id": self.run_id, "status": self._status, "end_time": int(time.time() * 1000)}
+            try:
+                self._call("POST", "runs/update", body)
+            except Exception as error:
+                self._failed(error)
 
     def _start(self) -> None:
         if self.run_id is None:
@@ -190,13 +198,16 @@ class Tracker:
 
 
 def tracker_from_environment(
-    experiment: str, name: str, prefix: str, tags: dict[str, str], params: dict[str, str]
+    experiment: str, name: str, prefix: str, tags: dict[str, str], params: dict[str, str], earlier: str | None = None
 ) -> tuple[Tracker | None, str]:
-    """A tracker when ``MLFLOW_TRACKING_URI`` names a server; else None and, if set to something else, why."""
+    """A tracker when ``MLFLOW_TRACKING_URI`` names a server; else None and, if set to something else, why.
+
+    ``MLFLOW_RUN_ID`` names the run to write to; else ``earlier``, the run of an interrupted attempt; else a new one.
+    """
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if not uri:
         return None, ""
     if not uri.startswith(("http://", "https://")):
         return None, f"MLFLOW_TRACKING_URI '{uri}' is not http(s)://; training metrics stay in train_log.jsonl only"
-    run_id = os.environ.get("MLFLOW_RUN_ID") or None
+    run_id = os.environ.get("MLFLOW_RUN_ID") or earlier
     return Tracker(uri, run_id, os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment, name, prefix, tags, params), ""

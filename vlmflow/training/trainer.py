@@ -165,6 +165,7 @@ class Trainer:
             emit(event="plan", steps=steps, first=first, report=report, examples=self.examples.report)
         gc.freeze()  # the imports and the model are not garbage; the collector need not look at them again
         shown = 0.0
+        status = "FAILED"
         try:
             started = time.perf_counter()
             for step, micros in loader.steps(first):
@@ -187,12 +188,14 @@ class Trainer:
                 if done < steps and (stop or done % self.stage.checkpoint.every == 0):
                     self._save(done, log)
                 if stop and done < steps:
+                    status = "KILLED"
                     raise Preempted
-            self._finish(log)
+            self._finish()
+            status = "FINISHED"
         finally:
             loader.close()
             if log is not None:
-                log.close()
+                log.close(status)
                 if log.tracker is not None and log.tracker.problem:
                     emit(event="note", text=log.tracker.problem + "; training went on without it")
 
@@ -291,7 +294,9 @@ class Trainer:
             )
         tracker, problem = None, ""
         if job.tracking:
-            tracker, problem = tracker_from_environment(**job.tracking)
+            tracker, problem = tracker_from_environment(
+                **job.tracking, earlier=found.state.get("mlflow_run") if found else None
+            )
         if problem:
             emit(event="note", text=problem)
         return first, TrainLog(job.log, earlier, tracker)
@@ -303,13 +308,15 @@ class Trainer:
         weights, moments = ds.capture(self.engine)
         if self.rank == 0:
             state = {"plan": self.plan.digest(), "world": self.world, "seed": self.job.seed, "key": self.job.key}
+            if log.tracker is not None and log.tracker.run_id:
+                state["mlflow_run"] = log.tracker.run_id
             work = Path(self.job.work) / "saving"
             checkpoint.save(
                 self.job.checkpoints, done, weights, moments, state, log.text(), work, self.stage.checkpoint.keep
             )
             emit(event="checkpoint", step=done)
 
-    def _finish(self, log: Any) -> None:
+    def _finish(self) -> None:
         """Rank 0 writes the model folder: weights and config of the trained model, the rest as it was."""
         if self.rank:
             return
