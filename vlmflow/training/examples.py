@@ -94,6 +94,13 @@ class Unusable(Exception):
     """A sample that cannot be trained on; the message is the reason it is counted under."""
 
 
+class NoText(Unusable):
+    """The layer ended without a text for this sample: an image without words, a caption its own step dropped.
+
+    That is the layer's result, judged there by its own limit; here the sample is filtered out, and counted.
+    """
+
+
 def segments_of(sample: Sample, row: dict[str, Any] | None, use: DataUse, stage: StageSpec, seed: int) -> list[Segment]:
     """A sample as prompt segments, whatever its text comes from.
 
@@ -105,7 +112,8 @@ def segments_of(sample: Sample, row: dict[str, Any] | None, use: DataUse, stage:
         row: the sample's row in the layer named by ``use.text``, if it is one.
 
     Raises:
-        Unusable: the layer failed on it, or there is no text.
+        NoText: the layer failed on it, or found no text.
+        Unusable: alt text was asked for and there is none.
         DataError: from rendering: an empty answer, or image markers that do not match the images.
     """
     from vlmflow.models.chat import render
@@ -115,10 +123,10 @@ def segments_of(sample: Sample, row: dict[str, Any] | None, use: DataUse, stage:
         turns = sample.meta.get("conversations") or []
         return render(turns, stage.prompt, images=images, key=sample.key)
     if row is not None and row.get("error"):
-        raise Unusable(f"{use.text} failed: {row['error']}")
+        raise NoText(f"{use.text} failed: {row['error']}")
     text = (sample.meta.get("text") if use.text == "alt" else (row or {}).get("text")) or ""
     if not text.strip():
-        raise Unusable(f"no {use.text} text")
+        raise (Unusable if use.text == "alt" else NoText)(f"no {use.text} text")
     instruction = ""
     if stage.instructions and stage.prompt == "chat":
         instruction = stage.instructions[_draw(seed, sample.key, len(stage.instructions))]
@@ -211,7 +219,7 @@ def _build(
     sink, shards = _Sink(folder), []
     reasons: Counter[str] = Counter()
     first: dict[str, str] = {}
-    filtered = seen = 0
+    filtered = seen = unread = 0
     for use, manifest in uses:
         chosen = manifest.select(use.sources)
         for number, shard in enumerate(chosen.shards):
@@ -230,6 +238,9 @@ def _build(
                     if not np.any(labels_of(np.asarray(example.ids), np.asarray(example.target)) != IGNORE):
                         raise Unusable("no target token")
                 except (Unusable, VlmflowError) as problem:
+                    if isinstance(problem, NoText):
+                        filtered, seen = filtered + 1, seen - 1
+                        unread += 1
                     reason = str(problem).replace(f"sample '{key}'", "sample")
                     reasons[reason] += 1
                     first.setdefault(reason, key)
@@ -240,7 +251,7 @@ def _build(
         "examples": len(sink.shard),
         "seen": seen,
         "filtered": filtered,
-        "failed": sum(reasons.values()),
+        "failed": sum(reasons.values()) - unread,
         "reasons": [{"reason": r, "count": n, "example": first[r]} for r, n in reasons.most_common()],
         "shards": [[s.model_dump(mode="json"), name] for s, name in shards],
     }
@@ -252,7 +263,7 @@ def check_failures(failed: int, seen: int, limit: float, reasons: list[dict[str,
     """Raise StepFailed above the limit, DataError when there is nothing at all."""
     if not seen:
         raise DataError(
-            f"the stage has no sample to train on: {filtered} were filtered out by the keep layer; check stages.*.data"
+            f"the stage has no sample to train on: {filtered} were filtered out by the keep layer or have no text; check stages.*.data"
         )
     if failed > limit * seen:
         top = "; ".join(f"{r['count']} x {r['reason']} (e.g. {r['example']})" for r in reasons[:4])
