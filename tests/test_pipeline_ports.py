@@ -91,6 +91,15 @@ def test_pages_show_hostile_text_as_text():
     assert "a&amp;b" in shown and "'onerror" not in shown
 
 
+def test_the_resolved_recipe_keeps_the_order_of_stages_and_candidates(tmp_path):
+    recipe, port = load(TINY, ["seed=4"]), Port(tmp_path / "recipe")
+    ports.put_recipe(recipe, port)
+    again = load(port.path)
+    assert again == recipe and list(again.stages) == ["ocr", "align", "sft"]
+    assert list(again.soup.candidates) == list(CANDIDATES)
+    assert port.metadata["name"] == "points-tiny"
+
+
 def test_candidates_come_back_in_the_order_of_the_recipe(ctx, tmp_path):
     found = ports.get_candidates(ctx, trained(tmp_path))
     assert list(found) == list(CANDIDATES) == ports.candidate_names(ctx)

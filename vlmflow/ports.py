@@ -83,10 +83,11 @@ def show(title: str, values: dict[str, Any], page: Port, metrics: Port | None, t
 
 
 def put_recipe(recipe: Recipe, out: Port) -> None:
-    """Write the resolved recipe: what the run really uses, defaults included."""
+    """Write the resolved recipe: what the run really uses, defaults included, in its order (stages are ordered)."""
     from vlmflow.digest import digest
+    from vlmflow.recipe import dump
 
-    write_object(recipe, out.path)
+    storage.write_bytes(out.path, dump(recipe).encode())
     out.metadata.update({"name": recipe.name, "digest": digest(recipe)})
 
 
