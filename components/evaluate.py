@@ -17,10 +17,10 @@ def evaluate(
     """Score a group of models.
 
     Args:
-        group: Model name -> URI of its model folder, as `lineup` deals them.
+        group: `name` of the group and its `models` (name -> URI of the model folder), as `lineup` deals them.
     """
     from vlmflow import ports
     from vlmflow.step import open_step
 
-    with open_step(ports.group_name(group), recipe.path) as ctx:
-        ports.put_scores(ports.evaluate(ctx, group), scores, page, metrics)
+    with open_step(f"evaluate-{group['name']}", recipe.path) as ctx:
+        ports.put_scores(ports.evaluate(ctx, group["models"]), scores, page, metrics)

@@ -74,9 +74,11 @@ def test_steps_nobody_planned_are_added():
 
 
 def test_the_plan_follows_the_recipe():
-    plan = estimate.expected_steps(load(TINY), ["untrained", "bootstrap"], {"train-sft-pairs": 7.0})
+    plan = estimate.expected_steps(load(TINY), 2, {"train-sft-pairs": 7.0})
     steps = {step.name: step for step in plan}
-    assert {"train-sft-charts", "train-sft-pairs", "train-sft-describe", "evaluate-untrained", "report"} <= set(steps)
+    assert {"train-sft-charts", "train-sft-pairs", "train-sft-describe", "evaluate-1", "evaluate-2", "report"} <= set(
+        steps
+    )
     assert steps["train-sft-pairs"].seconds == 7.0 and steps["train-sft-pairs"].lanes == 2
     assert steps["train-sft-charts"].seconds == estimate.FIRST_RUN_SECONDS["train-sft"]
     assert steps["pull-web"].seconds == estimate.FIRST_RUN_SECONDS["pull"]

@@ -91,6 +91,15 @@ def test_pages_show_hostile_text_as_text():
     assert "a&amp;b" in shown and "'onerror" not in shown
 
 
+def test_the_resolved_recipe_keeps_the_order_of_stages_and_candidates(tmp_path):
+    recipe, port = load(TINY, ["seed=4"]), Port(tmp_path / "recipe")
+    ports.put_recipe(recipe, port)
+    again = load(port.path)
+    assert again == recipe and list(again.stages) == ["ocr", "align", "sft"]
+    assert list(again.soup.candidates) == list(CANDIDATES)
+    assert port.metadata["name"] == "points-tiny"
+
+
 def test_candidates_come_back_in_the_order_of_the_recipe(ctx, tmp_path):
     found = ports.get_candidates(ctx, trained(tmp_path))
     assert list(found) == list(CANDIDATES) == ports.candidate_names(ctx)
@@ -102,17 +111,17 @@ def test_every_model_is_evaluated_once_in_groups(ctx, tmp_path):
     first, model_p = stored(tmp_path, model("untrained")), stored(tmp_path, model("bootstrap"))
     for evaluators in (1, 2, 3.0, 100):
         groups = ports.lineup(ctx, first, model_p, trained(tmp_path), soup_port(tmp_path), evaluators)
-        assert len(groups) == min(int(evaluators), 8) and all(groups)
-        names = [name for group in groups for name in group]
+        assert [group["name"] for group in groups] == [str(i + 1) for i in range(min(int(evaluators), 8))]
+        names = [name for group in groups for name in group["models"]]
         assert sorted(names) == sorted(["untrained", "bootstrap", *CANDIDATES, *ports.SOUPS])
-        assert ports.group_name(groups[0]) == "evaluate-untrained"
+        assert all(group["models"] for group in groups)
 
 
 def test_a_soup_with_a_candidates_weights_shares_its_group(ctx, tmp_path):
     first, model_p = stored(tmp_path, model("untrained")), stored(tmp_path, model("bootstrap"))
     groups = ports.lineup(ctx, first, model_p, trained(tmp_path), soup_port(tmp_path, "charts"), 100)
     assert len(groups) == 7
-    assert [set(group) for group in groups if "charts" in group] == [{"charts", "soup-greedy"}]
+    assert [set(group["models"]) for group in groups if "charts" in group["models"]] == [{"charts", "soup-greedy"}]
 
 
 def test_scores_of_all_groups_come_in_one_order(ctx, tmp_path):

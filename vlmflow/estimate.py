@@ -42,8 +42,8 @@ class Planned:
         return self.seconds / self.lanes
 
 
-def expected_steps(recipe: Recipe, evaluated: list[str], memory: Mapping[str, float]) -> list[Planned]:
-    """The steps of the points pipeline for a recipe, in order; `evaluated` are the first models of each group."""
+def expected_steps(recipe: Recipe, evaluators: int, memory: Mapping[str, float]) -> list[Planned]:
+    """The steps of the points pipeline for a recipe, in order; models are evaluated by `evaluators` tasks."""
     names: list[tuple[str, int]] = [
         ("preflight", 1),
         ("pull-seed", 1),
@@ -58,7 +58,7 @@ def expected_steps(recipe: Recipe, evaluated: list[str], memory: Mapping[str, fl
     candidates = list(recipe.soup.candidates) if recipe.soup else []
     names += [(f"train-sft-{name}", min(LANES, len(candidates))) for name in candidates]
     names += [("soup", 1), ("lineup", 1)]
-    names += [(f"evaluate-{name}", min(LANES, len(evaluated))) for name in evaluated]
+    names += [(f"evaluate-{i}", min(LANES, evaluators)) for i in range(1, evaluators + 1)]
     names += [(n, 1) for n in ("register", "export", "report")]
     return [Planned(name, memory.get(name, first_run_seconds(name)), lanes) for name, lanes in names]
 

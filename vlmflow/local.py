@@ -73,8 +73,7 @@ def run(
         folder.mkdir(parents=True)
         (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         timings = state / "timings.json"
-        first_models = _first_models(list(recipe.soup.candidates) if recipe.soup else [], recipe.bootstrap is not None)
-        plan = estimate.expected_steps(recipe, first_models, estimate.recall(timings, recipe.name))
+        plan = estimate.expected_steps(recipe, EVALUATORS, estimate.recall(timings, recipe.name))
         arguments = {"recipe": str(folder / "recipe.yaml"), "overrides": [], "evaluators": EVALUATORS}
         follower = estimate.Estimate(plan)
         try:
@@ -277,12 +276,6 @@ def _run_id(state: Path, recipe_digest: str) -> str:
     base = f"{time.strftime('%Y%m%d-%H%M%S')}-{recipe_digest[:8]}"
     taken = {path.name for path in (state / "runs").iterdir()}
     return next(name for name in (base, *(f"{base}-{i}" for i in range(2, 1000))) if name not in taken)
-
-
-def _first_models(candidates: list[str], bootstrap: bool) -> list[str]:
-    """First model of each evaluation group, as `ports.lineup` deals them: they name the evaluation steps."""
-    models = ["untrained", *(["bootstrap"] if bootstrap else []), *candidates]
-    return models[:EVALUATORS]
 
 
 def _result(root: str, run_id: str, folder: Path, follower: estimate.Estimate) -> RunResult:

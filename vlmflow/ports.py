@@ -83,10 +83,11 @@ def show(title: str, values: dict[str, Any], page: Port, metrics: Port | None, t
 
 
 def put_recipe(recipe: Recipe, out: Port) -> None:
-    """Write the resolved recipe: what the run really uses, defaults included."""
+    """Write the resolved recipe: what the run really uses, defaults included, in its order (stages are ordered)."""
     from vlmflow.digest import digest
+    from vlmflow.recipe import dump
 
-    write_object(recipe, out.path)
+    storage.write_bytes(out.path, dump(recipe).encode())
     out.metadata.update({"name": recipe.name, "digest": digest(recipe)})
 
 
@@ -212,8 +213,9 @@ def put_soup(made: SoupResult, result: Port, model: Port, page: Port, metrics: P
 
 def lineup(
     ctx: Context, untrained: Port, bootstrap: Port, candidates: list[Port], soup: Port, evaluators: int
-) -> list[dict[str, str]]:
-    """Models to evaluate as name -> URI of the model folder, dealt into at most `evaluators` groups.
+) -> list[dict[str, Any]]:
+    """Models to evaluate, dealt into at most `evaluators` groups: `name` ("1", "2", ...) and `models`, which maps model
+    name to the URI of its folder (KFP does not keep the order of a dictionary, hence the name).
 
     A soup of one candidate has that candidate's weights: both names get a row and share a group, where the second is
     answered from the first's finished scores.
@@ -230,20 +232,15 @@ def lineup(
     groups: list[dict[str, str]] = [{} for _ in range(count)]
     for index, members in enumerate(alike.values()):
         groups[index % count] |= members
-    return groups
+    return [{"name": str(index), "models": members} for index, members in enumerate(groups, start=1)]
 
 
-def group_name(group: dict[str, str]) -> str:
-    """Step name of an evaluation task, from its first model."""
-    return f"evaluate-{next(iter(group))}"
-
-
-def evaluate(ctx: Context, group: dict[str, str]) -> dict[str, Scores]:
-    """Scores on the report split of every model of a group."""
+def evaluate(ctx: Context, models: dict[str, str]) -> dict[str, Scores]:
+    """Scores on the report split of models given as name -> URI."""
     from vlmflow.evaluation import run
     from vlmflow.models.store import MARKER, load_ref
 
-    return {name: run.run(ctx, load_ref(storage.join(uri, MARKER)), "report") for name, uri in group.items()}
+    return {name: run.run(ctx, load_ref(storage.join(uri, MARKER)), "report") for name, uri in sorted(models.items())}
 
 
 def put_scores(scores: dict[str, Scores], out: Port, page: Port, metrics: Port) -> None:

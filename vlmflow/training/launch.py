@@ -44,7 +44,7 @@ def rank_environment(rank: int, world: int, rendezvous: str, threads: int) -> di
         "LOCAL_WORLD_SIZE": str(world),
     }
     env |= {"VLMFLOW_RENDEZVOUS": rendezvous, "VLMFLOW_LAUNCHER": str(os.getpid()), "PYTHONUNBUFFERED": "1"}
-    env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+    env |= {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "TQDM_DISABLE": "1"}
     env.setdefault("TRANSFORMERS_VERBOSITY", "error")
     if "lo" in (name for _, name in socket.if_nameindex()):
         env.setdefault("GLOO_SOCKET_IFNAME", "lo")
