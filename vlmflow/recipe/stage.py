@@ -97,7 +97,7 @@ class StageSpec(Section):
     packs: int = Field(1, ge=1, description="packs in one optimizer step, over all processes")
     processes: int = Field(1, ge=1, le=1024, description="ranks (GPUs, or CPU processes)")
     threads: int = Field(1, ge=1, le=256, description="CPU threads of one rank")
-    zero: Literal[0, 1, 2, 3] = Field(0, description="DeepSpeed ZeRO stage")
+    zero: Literal[0, 1, 2] = Field(0, description="DeepSpeed ZeRO stage")
     dtype: Literal["fp32", "bf16"] = "bf16"
     checkpoint: CheckpointSpec = Field(default_factory=CheckpointSpec)
     failure_limit: Share = Field(0.01, description="largest share of samples that may be unusable")
