@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from vlmflow.step import Context
 
 STEP = "initial"
-VERSION = 1  # raise when the same recipe would give other weights or another tokenizer
+HEADERS = ("user\n", "assistant\n")
+VERSION = 2  # raise when the same recipe would give other weights or another tokenizer
 
 
 def run(ctx: Context, datasets: dict[str, Manifest]) -> store.ModelRef:
@@ -85,7 +86,8 @@ def _tokenizer(ctx: Context, datasets: dict[str, Manifest]) -> Any:
     vocab = spec.tokenizer.train_vocab
     if not spec.tokenizer.source and vocab is not None:
         texts = (text for name in spec.tokenizer.train_on for text in corpus(_dataset(datasets, name), ctx.scratch))
-        return tokenizers.train(texts, vocab)
+        # A chat is headers as much as texts: without them a trained tokenizer would spell out every role.
+        return tokenizers.train((piece for text in texts for piece in (*HEADERS, text)), vocab)
     source = spec.tokenizer.source or spec.language.source
     assert source is not None  # the recipe was checked: a random language model names or trains a tokenizer
     revision = None if spec.tokenizer.source else spec.language.revision
