@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,7 @@ def execute(
             raise
         finally:
             _stop(worker, events)
+            shutil.rmtree(folder / "tmp", ignore_errors=True)
     if failure is not None or worker.returncode != 0:
         raise _explain(failure, log, worker.returncode)
 
