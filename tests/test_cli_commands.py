@@ -106,13 +106,19 @@ def test_data_show(capsys, tmp_path):
 def test_the_result_shows_scores_version_and_report(capsys, tmp_path):
     from vlmflow.local import RunResult
 
-    scores = {"untrained": {"digits": 0.1}, "greedy": {"digits": 0.925, "words": 0.5}}
-    summary = {"scores": scores, "chance": {"digits": 0.1}, "registered": {"name": "n-candidates", "version": "3"}}
+    scores = {"greedy": {"digits": 0.925, "mean": 0.7, "words": 0.5}, "untrained": {"digits": 0.1}}
+    summary = {
+        "scores": scores,
+        "models": ["untrained", "greedy"],
+        "chance": {"digits": 0.1},
+        "registered": {"name": "n-candidates", "version": "3"},
+    }
     result = RunResult("r1", tmp_path, tmp_path / "report.html", summary, {"ocr": 61.0})
     cli._show_result(result, cli.Output.text)
     out = capsys.readouterr().out
     for word in ("92.5%", "10.0%", "(chance)", "greedy", "n-candidates", "version 3", "report.html", "1 min 1 s"):
         assert word in out, word
+    assert out.index("untrained") < out.index("greedy") and out.index("words") < out.index("mean")
     cli._show_result(result, cli.Output.json)
     assert json.loads(capsys.readouterr().out)["scores"] == scores
 

@@ -255,7 +255,8 @@ def _show_result(result: RunResult, output: Output) -> None:
 
     console = Console(highlight=False)
     if scores := result.summary.get("scores"):
-        console.print(_score_table(scores, result.summary.get("chance", {})))
+        ordered = {name: scores[name] for name in result.summary.get("models", scores)}
+        console.print(_score_table(ordered, result.summary.get("chance", {})))
     for name in ("chosen", "registered", "exported"):
         if value := result.summary.get(name):
             shown = value if isinstance(value, str) else ", ".join(f"{k} {v}" for k, v in value.items())
@@ -270,7 +271,7 @@ def _show_result(result: RunResult, output: Output) -> None:
 def _score_table(scores: dict[str, dict[str, float]], chance: dict[str, float]) -> Any:
     from rich.table import Table
 
-    columns = list(dict.fromkeys(name for row in scores.values() for name in row))
+    columns = sorted({name for row in scores.values() for name in row}, key=lambda name: (name == "mean", name))
     table = Table(title="Accuracy on the report split", title_justify="left")
     table.add_column("model")
     for name in columns:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console, Group
 
 PLAIN_INTERVAL = 10.0  # seconds between plain lines about steps under way
+BAR = 20  # characters; names, bars and words fit 80 columns
 FRAMES = 4  # live frames a second
 
 
@@ -84,17 +85,17 @@ class Display:
 
         now = time.monotonic()
         table = Table.grid(padding=(0, 2))
-        table.add_column(width=34, no_wrap=True)
-        table.add_column(width=30)
-        table.add_column()
+        table.add_column(width=22, no_wrap=True, overflow="ellipsis")
+        table.add_column(width=BAR)
+        table.add_column(no_wrap=True, overflow="ellipsis")
         for name, event in list(self.latest.items()):
             total = event.get("total") or 0
-            bar = ProgressBar(total=total, completed=event.get("done", 0), width=30) if total else Text("")
+            bar = ProgressBar(total=total, completed=event.get("done", 0), width=BAR) if total else Text("")
             table.add_row(Text(f"  {name}", style="cyan"), bar, Text(_describe("", event)))
         share = self.estimate.share(now)
         table.add_row(
             Text("whole run", style="bold"),
-            ProgressBar(total=1.0, completed=share, width=30),
+            ProgressBar(total=1.0, completed=share, width=BAR),
             Text(f"{share:.0%}  about {human(self.estimate.left(now))} left", style="bold"),
         )
         return Group(table)

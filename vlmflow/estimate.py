@@ -25,6 +25,7 @@ UNKNOWN_SECONDS = 10.0
 PRIOR = 0.1  # share of the whole that must be seen before this run's speed outweighs the remembered one
 FOUND_AGAIN = 0.25  # a step that took less than this share of its expectation found finished work: no measure of speed
 CREEP = 0.1  # share of a step that its clock may run ahead of its counter, which stands still while a model loads
+LEAP = 0.25  # and its counter ahead of its clock: a step may have many counters, one after the other
 LABEL_END = 0.9  # a finished counter inside a step counts as this much of the step: something always follows it
 
 
@@ -117,7 +118,8 @@ class Estimate:
                 total += step.work
             elif at := self.running.get(step.name):
                 by_time = min(LABEL_END, (now - at.started) / step.seconds) if step.seconds > 0 else LABEL_END
-                total += step.work * (by_time if at.share is None else max(at.share, min(by_time, at.share + CREEP)))
+                counted = by_time if at.share is None else min(at.share, by_time + LEAP)
+                total += step.work * max(counted, min(by_time, counted + CREEP))
         return total
 
     def share(self, now: float) -> float:

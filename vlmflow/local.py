@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,7 @@ def execute(
             raise
         finally:
             _stop(worker, events)
+            shutil.rmtree(folder / "tmp", ignore_errors=True)
     if failure is not None or worker.returncode != 0:
         raise _explain(failure, log, worker.returncode)
 
@@ -138,7 +140,7 @@ def _follow(worker: subprocess.Popen[bytes], events: Path, log: Path, display: D
         # A task that was killed says nothing; kfp would go on with branches that do not need it. One more round lets
         # the event of a task that did say something arrive.
         failed_without_word += bool(failed_without_word) or any(_TASK_FAILED.search(line) for line in read_log())
-        if failed_without_word > 2:
+        if failed_without_word > 2 or (ended and failed_without_word):
             return {"step": ", ".join(display.latest)}
         if ended:
             return None

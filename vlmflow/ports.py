@@ -300,6 +300,7 @@ def put_report(
     summary = {
         "scores": {n: {b: r.accuracy for b, r in s.benchmarks.items()} | {"mean": s.mean} for n, s in scores.items()},
         "chance": {b: r.chance for s in list(scores.values())[:1] for b, r in s.benchmarks.items()},
+        "models": list(scores),  # JSON objects are stored with sorted keys; this is the order of the table
         "chosen": searched.chosen,
         "registered": {key: results["registered"].get(key) for key in ("name", "version", "url")},
         "exported": {key: results["exported"].get(key) for key in ("uri",)},
