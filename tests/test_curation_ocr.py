@@ -91,7 +91,9 @@ def test_reads_a_sentence(reader):
 
 
 def test_reads_two_columns_one_after_the_other(reader):
-    texts = [((20, 60 + 40 * i), t) for i, t in enumerate(LEFT)] + [((360, 60 + 40 * i), t) for i, t in enumerate(RIGHT)]
+    texts = [((20, 60 + 40 * i), t) for i, t in enumerate(LEFT)] + [
+        ((360, 60 + 40 * i), t) for i, t in enumerate(RIGHT)
+    ]
     text, _ = reader.read(draw((640, 260), [*texts, ((150, 8), "A title across both of the columns")]))
     assert text.splitlines() == ["A title across both of the columns", *LEFT, *RIGHT]
 
@@ -149,7 +151,9 @@ def dataset(tmp_path, contents):
 
 def context(tmp_path, **settings):
     curation = CurationSpec(ocr=OcrSpec(**settings))
-    return Context(SimpleNamespace(curation=curation, pull=PullSpec()), str(tmp_path / "store"), tmp_path / "scratch", "test")
+    return Context(
+        SimpleNamespace(curation=curation, pull=PullSpec()), str(tmp_path / "store"), tmp_path / "scratch", "test"
+    )
 
 
 def test_the_layer_over_shards_in_processes(tmp_path, capfd, monkeypatch):

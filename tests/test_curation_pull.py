@@ -133,7 +133,9 @@ def test_each_broken_link_has_its_reason(server, tmp_path):
 
 
 def test_formats_are_kept_or_converted_and_so_noted(server, tmp_path):
-    manifest, failed = pulled(tmp_path, [server.url(f"/format/{k}") for k in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")])
+    manifest, failed = pulled(
+        tmp_path, [server.url(f"/format/{k}") for k in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")]
+    )
     assert not failed
     images = [s.meta["images"][0] for s in ShardReader(manifest.shards[0])]
     assert [i["format"] for i in images] == ["jpg", "png", "webp", "png", "png", "png"]
@@ -142,8 +144,15 @@ def test_formats_are_kept_or_converted_and_so_noted(server, tmp_path):
 
 
 def test_a_busy_server_is_asked_again_after_the_time_it_names(server, tmp_path):
-    manifest, failed = pulled(tmp_path, [server.url("/busy/a"), server.url("/busy/b?times=9"), server.url("/busy/c?times=9&after=99")])
-    assert manifest.samples == 1 and server.hits["/busy/a"] == 2 and server.hits["/busy/b"] == 3 and server.hits["/busy/c"] == 1
+    manifest, failed = pulled(
+        tmp_path, [server.url("/busy/a"), server.url("/busy/b?times=9"), server.url("/busy/c?times=9&after=99")]
+    )
+    assert (
+        manifest.samples == 1
+        and server.hits["/busy/a"] == 2
+        and server.hits["/busy/b"] == 3
+        and server.hits["/busy/c"] == 1
+    )
     assert {reason for reason, _ in failed.values()} == {"http_429"}
     assert "exceeds the cap" in failed[server.url("/busy/c?times=9&after=99")][1]
 
@@ -174,7 +183,11 @@ def test_text_only_several_images_and_conversations(server, tmp_path):
     manifest = pull.run(ctx, "web")
     two, none = list(ShardReader(manifest.shards[0]))
     assert two.images == (picture(1), picture(2)) and two.meta["conversations"] == turns
-    assert none.images == () and none.meta["conversations"][0] == {"from": "human", "value": "Hi"} and none.meta["url"] is None
+    assert (
+        none.images == ()
+        and none.meta["conversations"][0] == {"from": "human", "value": "Hi"}
+        and none.meta["url"] is None
+    )
     summary = manifest.lineage[0].summary
     assert summary["failed_by_reason"] == {"blank_row": 1, "image_marks": 1, "bad_conversations": 1}
     assert server.images == 2  # nothing is fetched for a row that cannot become a sample
@@ -206,7 +219,9 @@ def test_a_table_at_an_allowed_host_is_fetched(server, tmp_path):
 
 def test_wrong_tables_are_refused_with_what_to_change(server, tmp_path):
     uri = table(tmp_path / "t.csv", [{"link": "x", "alt": "y"}])
-    with pytest.raises(DataError, match=r"no column 'url'; it has \['link', 'alt'\]. Set data.web.sources.web.url_column"):
+    with pytest.raises(
+        DataError, match=r"no column 'url'; it has \['link', 'alt'\]. Set data.web.sources.web.url_column"
+    ):
         pull.run(context(tmp_path, {"web": {"table": uri}}), "web")
     with pytest.raises(DataError, match=r"no column 'text'.*sources.web.text_column"):
         pull.run(context(tmp_path, {"web": {"table": uri, "url_column": "link"}}), "web")
@@ -249,7 +264,9 @@ def test_shards_lost_to_an_outage_are_fetched_again_later(server, tmp_path):
     rows += [{"url": server.url(f"/status/503?{i}"), "text": "x"} for i in range(10)]
     uri = table(tmp_path / "t.csv", rows)
     server.down = True
-    with pytest.raises(StepFailed, match=r"10 of 10 rows failed.*http_503.*1 shards with such passing failures were not kept"):
+    with pytest.raises(
+        StepFailed, match=r"10 of 10 rows failed.*http_503.*1 shards with such passing failures were not kept"
+    ):
         pull.run(context(tmp_path, {"web": {"table": uri}}, failure_limit=0.4, retries=0), "web")
     server.down = False
     with pytest.raises(StepFailed, match="10 of 20 rows failed"):  # the first shard lands now, the second is still out
@@ -276,7 +293,9 @@ def test_resume_fetches_nothing_that_had_landed(server, tmp_path):
 
 
 def test_killed_in_the_middle_and_started_again_gives_the_same_manifest(server, tmp_path):
-    rows = [{"url": server.url(f"/img/{i}"), "text": f"a {i}"} for i in range(60)] + [{"url": server.url("/status/410"), "text": "x"}]
+    rows = [{"url": server.url(f"/img/{i}"), "text": f"a {i}"} for i in range(60)] + [
+        {"url": server.url("/status/410"), "text": "x"}
+    ]
     uri = table(tmp_path / "t.csv", rows)
     server.gate_after = 35  # three shards of ten can land, then the server holds its answers back
     program = (

@@ -62,7 +62,9 @@ def accept(data: bytes, max_pixels: int) -> Accepted:
     kind = sniff(data)
     if kind is None:
         head = data[:256].lstrip().lower()
-        looks = "HTML" if b"<html" in head or head.startswith(b"<!doctype") else "SVG" if b"<svg" in head else "other data"
+        looks = (
+            "HTML" if b"<html" in head or head.startswith(b"<!doctype") else "SVG" if b"<svg" in head else "other data"
+        )
         raise Rejected("not_an_image", f"the first bytes announce {looks}, not JPEG, PNG, WebP, GIF, BMP or TIFF")
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     formats = ["JPEG", "MPO"] if kind == "JPEG" else [kind]
@@ -70,7 +72,9 @@ def accept(data: bytes, max_pixels: int) -> Accepted:
         with Image.open(io.BytesIO(data), formats=formats) as image:
             width, height = image.size
             if width * height > max_pixels:
-                raise Rejected("too_many_pixels", f"{width} x {height} = {width * height} pixels, the limit is {max_pixels}")
+                raise Rejected(
+                    "too_many_pixels", f"{width} x {height} = {width * height} pixels, the limit is {max_pixels}"
+                )
             if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):
                 width, height = height, width
             if kind in CONVERTED:
@@ -81,7 +85,9 @@ def accept(data: bytes, max_pixels: int) -> Accepted:
     except Rejected:
         raise
     except Image.DecompressionBombError:
-        raise Rejected("too_many_pixels", f"more than twice Pillow's own limit; the limit here is {max_pixels}") from None
+        raise Rejected(
+            "too_many_pixels", f"more than twice Pillow's own limit; the limit here is {max_pixels}"
+        ) from None
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged input
         raise Rejected("corrupt", f"{kind} that does not decode ({type(error).__name__})") from error
     return Accepted(data, KEPT[kind], width, height)

@@ -31,7 +31,9 @@ VERSION = 1  # raise when the same models and settings would give other text
 SCHEMA = {"text": "str", "lines": "json", "score": "float"}
 CHUNK = 16  # samples handed to a process at a time
 MAX_ASPECT = 30  # longer strips are padded: RapidOCR scales the short side up to 30 px, the long one with it
-REC_WIDTH = 160  # pixels to which short lines are padded; RapidOCR's 320 costs 28 instead of 17 ms a short line, reads no more
+REC_WIDTH = (
+    160  # pixels to which short lines are padded; RapidOCR's 320 costs 28 instead of 17 ms a short line, reads no more
+)
 DEATHS = 3  # worker processes that may die (out of memory, killed) before the step gives up
 _engine: Any = None  # one per worker process
 
@@ -97,7 +99,9 @@ def model_files() -> dict[str, Path]:
     for role in ("det", "rec"):
         candidates = sorted(folder.glob(f"*_{role}_*.onnx"))
         if not candidates:
-            raise ServiceError(f"{folder} holds no PP-OCR {role} model (*_{role}_*.onnx); reinstall rapidocr from its wheel")
+            raise ServiceError(
+                f"{folder} holds no PP-OCR {role} model (*_{role}_*.onnx); reinstall rapidocr from its wheel"
+            )
         models[role] = candidates[-1]
     return models
 
@@ -237,7 +241,9 @@ def _read_chunk(path: str, chunk: list[tuple[str, dict[str, list[int]]]], max_pi
                     lines += [{"image": number, **line} for line in found]
             except DataError as error:
                 row["error"] = f"image {number}: {error}"
-            except Exception as error:  # OpenCV and ONNX Runtime raise their own kinds; one image must not stop the others
+            except (
+                Exception
+            ) as error:  # OpenCV and ONNX Runtime raise their own kinds; one image must not stop the others
                 row["error"] = f"image {number}: {type(error).__name__}"
             else:
                 row |= {"text": "\n".join(t for t in texts if t), "lines": lines}

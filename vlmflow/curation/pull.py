@@ -50,7 +50,9 @@ def run(ctx: Context, dataset: str) -> Manifest:
     paths = {name: localize(source.table, ctx.scratch, allow) for name, source in sources.items()}
     total = sum(count_rows(path) for path in paths.values())
     if not total:
-        raise DataError(f"data.{dataset}: its tables have 0 rows ({', '.join(s.table for s in sources.values())}); nothing to pull")
+        raise DataError(
+            f"data.{dataset}: its tables have 0 rows ({', '.join(s.table for s in sources.values())}); nothing to pull"
+        )
     params = _params(pull, allow)
     tally = _Tally(pull.failure_limit, total)
     results: list[Result] = []
@@ -122,7 +124,9 @@ async def _pull(
     puller: ShardPuller, plans: Iterator[Plan], limits: Limits, tally: _Tally, progress: Progress, results: list[Result]
 ) -> None:
     """Fetch the shards of one source, a few at a time; results are counted in order, and a lost cause is left early."""
-    tasks: list[asyncio.Task[Result]] = []  # by shard index; a finished task keeps its result for rows that share images
+    tasks: list[
+        asyncio.Task[Result]
+    ] = []  # by shard index; a finished task keeps its result for rows that share images
     counted = 0
     async with Fetcher(limits) as fetcher:
         with ThreadPoolExecutor(DECODERS, thread_name_prefix="pull") as pool:

@@ -85,7 +85,12 @@ class ShardPuller:
     limit: float
 
     async def pull(
-        self, plan: Plan, fetcher: Fetcher, pool: Executor, earlier: list[asyncio.Task[Result]], advance: Callable[[int], None]
+        self,
+        plan: Plan,
+        fetcher: Fetcher,
+        pool: Executor,
+        earlier: list[asyncio.Task[Result]],
+        advance: Callable[[int], None],
     ) -> Result:
         """The finished shard of a plan. `earlier` holds the tasks of all shards before it, by index (for images that rows share)."""
         loop = asyncio.get_running_loop()
@@ -158,7 +163,12 @@ class ShardPuller:
         tar = work / f"{plan.name}.tar"
         write_shard(tar, (Sample(s.key, s.meta, tuple(map(_load, s.images))) for s in samples))
         ref = describe_shard(tar, uri, len(samples), plan.source)
-        about = {"rows": len(plan.rows), "converted": dict(converted), "duplicates": plan.duplicates, "ref": ref.model_dump(exclude={"uri"})}
+        about = {
+            "rows": len(plan.rows),
+            "converted": dict(converted),
+            "duplicates": plan.duplicates,
+            "ref": ref.model_dump(exclude={"uri"}),
+        }
         sidecar = work / "failures.parquet"
         sidecar.write_bytes(_failures_parquet(failures, about))
         for spooled in work.glob("*.image"):
@@ -207,7 +217,11 @@ def _known(result: Result, key: str, url: str) -> Accepted | Rejected | None:
                 source = about.get("converted_from")
                 return _Stored(data, about["format"], about["width"], about["height"], source, about["sha256"])
     for failure in result.failures:
-        if failure["key"] == key and failure["url"] == url and failure["reason"] not in ("bad_conversations", "image_marks"):
+        if (
+            failure["key"] == key
+            and failure["url"] == url
+            and failure["reason"] not in ("bad_conversations", "image_marks")
+        ):
             return Rejected(failure["reason"], failure["detail"])
     return None
 

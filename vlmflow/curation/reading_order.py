@@ -100,7 +100,10 @@ def _gutter(boxes: list[_Box]) -> float | None:
         crosses = (left < x) & (right > x)
         if crosses.sum() > MAX_CROSSING * len(boxes):
             continue
-        sides = [[b for b, c in zip(boxes, crosses, strict=True) if not c and (b.right <= x) == is_left] for is_left in (True, False)]
+        sides = [
+            [b for b, c in zip(boxes, crosses, strict=True) if not c and (b.right <= x) == is_left]
+            for is_left in (True, False)
+        ]
         if not sides[0] or not sides[1]:
             continue
         width = min(b.left for b in sides[1]) - edge

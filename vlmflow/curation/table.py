@@ -203,7 +203,9 @@ def _plain(value: Any) -> Any:
 def _format(path: Path) -> str:
     suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
     if suffix not in FORMATS:
-        raise DataError(f"table {path.name}: format '{suffix}' is not known; use one of {', '.join(FORMATS)} (or those with .gz)")
+        raise DataError(
+            f"table {path.name}: format '{suffix}' is not known; use one of {', '.join(FORMATS)} (or those with .gz)"
+        )
     return suffix
 
 
@@ -229,7 +231,9 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
             csv.field_size_limit(1 << 30)
             for number, record in enumerate(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t")):
                 if None in record:
-                    raise DataError(f"table {path.name}: row {number} has more fields than the header; quote separators inside text")
+                    raise DataError(
+                        f"table {path.name}: row {number} has more fields than the header; quote separators inside text"
+                    )
                 yield record
         elif kind == ".json":
             content = _parse(file.read(), path, 0)

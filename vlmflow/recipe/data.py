@@ -15,9 +15,13 @@ class SourceSpec(Section):
     """One table of samples: image URLs with alt text, or with conversations."""
 
     table: str = Field(description="URI of a .parquet, .csv or .jsonl table (file, s3, http of an allowed host)")
-    url_column: str | None = Field("url", description="column with the image URL (text-only rows leave it empty); None = no images")
+    url_column: str | None = Field(
+        "url", description="column with the image URL (text-only rows leave it empty); None = no images"
+    )
     text_column: str | None = Field("text", description="column with the alt text")
-    conversations_column: str | None = Field(None, description="column with conversations (LLaVA turns or OpenAI messages, JSON)")
+    conversations_column: str | None = Field(
+        None, description="column with conversations (LLaVA turns or OpenAI messages, JSON)"
+    )
     id_column: str | None = Field(None, description="column with a sample id; None = row number")
     licence: str | None = Field(None, description="licence of the images and texts, if known")
 

@@ -31,7 +31,8 @@ class BenchmarkSpec(Section):
     table: str = Field(description="URI of the .tsv")
     kind: Literal["reading", "multiple_choice", "yes_no"]
     suffix: str = Field(
-        "", description="text after every question: '' = the kind's own, 'none' = nothing, ' text' = as is, 'text' = a last line"
+        "",
+        description="text after every question: '' = the kind's own, 'none' = nothing, ' text' = as is, 'text' = a last line",
     )
     numbers: bool = Field(False, description="reading: 'seven' and '7' count as equal")
     chance: Share | None = Field(None, description="score of guessing; None = derived from the questions")
