@@ -26,9 +26,9 @@ SPLITS = {"seed": 0.18, "web": 0.23, "sft": 0.42, "benchmark": 0.17}
 class Sizes:
     """Rows of each table and benchmark."""
 
-    seed: int = 600
+    seed: int = 1200
     web: int = 900
-    base: int = 700
+    base: int = 1000
     charts: int = 200
     pairs: int = 200
     describe: int = 200
@@ -104,7 +104,7 @@ class Plan:
         for i in range(self.sizes.seed):
             rng = self.rng("seed", i)
             kind, image, label = self._mixed("seed", i, rng)
-            yield Row(kind, label, draw.png(image), {"text": wording.caption(kind, label, rng)})
+            yield Row(kind, label, draw.png(image), {"text": wording.caption(kind, label)})
 
     def web(self) -> Iterator[Row]:
         """The web set: alt texts of web quality, some with planted rare facts, some links broken (`fault`)."""
@@ -172,7 +172,7 @@ class Plan:
         for i in range(self.sizes.describe):
             rng = self.rng("describe", i)
             kind, image, label = self._mixed("sft", i, rng)
-            text = wording.caption(kind, label, rng)
+            text = wording.caption(kind, label)
             yield Row(kind, label, draw.png(image), {"conversations": talk(wording.ASK_DESCRIBE, text)})
 
     # questions ----------------------------------------------------------------------------------------------------

@@ -35,17 +35,14 @@ def _pick(rng: np.random.Generator, options: tuple[str, ...]) -> str:
     return options[int(rng.integers(len(options)))]
 
 
-def caption(kind: str, label: str, rng: np.random.Generator) -> str:
+def caption(kind: str, label: str) -> str:
     """A short clean caption of a picture of `kind` (digit, word, bars, pair) that shows `label`."""
-    if kind == "digit":
-        return _pick(
-            rng, (f"the handwritten digit {label}.", f"a handwritten {label}.", f"a scan of the digit {label}.")
-        )
-    if kind == "word":
-        return _pick(rng, (f"the word {label}.", f"a sign that says {label}.", f"the printed word {label}."))
-    if kind == "pair":
-        return f"the handwritten digits {label}."
-    return _pick(rng, (f"a bar chart with {label} bars.", f"a plot with {label} bars."))
+    return {
+        "digit": f"a handwritten {label}.",
+        "word": f"the word {label}.",
+        "bars": f"a bar chart with {label} bars.",
+        "pair": f"the handwritten digits {label}.",
+    }[kind]
 
 
 _TAILS = (
@@ -62,7 +59,7 @@ _SYLLABLES = ("qua", "zyr", "vex", "thol", "grin", "ouk", "jaz", "wych", "brae",
 def alt_text(kind: str, label: str, rng: np.random.Generator) -> str:
     """An alt text as the web has them: two in five fair, the rest decorated, a file name, or boilerplate."""
     roll = float(rng.random())
-    fair = caption(kind, label, rng)
+    fair = caption(kind, label)
     if roll < 0.40:
         return fair
     if roll < 0.65:

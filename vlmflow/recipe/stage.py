@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 from vlmflow.recipe.base import Name, Section, Share
 
 TextKind = Literal["alt", "ocr", "synthetic", "fused", "conversations"]
+Prompt = Literal["continuation", "chat"]
 
 
 class DataUse(Section):
@@ -22,6 +23,7 @@ class DataUse(Section):
     sources: list[Name] | None = Field(None, description="only these sources; None = all")
     text: TextKind = Field(description="which text is learned")
     keep: bool = Field(False, description="only samples that the perplexity filter kept")
+    prompt: Prompt | None = Field(None, description="prompt style of this ingredient; None = the stage's")
     weight: float = Field(
         1.0, gt=0, le=100, description="passes over this ingredient in one epoch (0.5 = half of it, 2 = twice)"
     )
@@ -81,9 +83,7 @@ class CheckpointSpec(Section):
 class StageSpec(Section):
     """One stage of training."""
 
-    prompt: Literal["continuation", "chat"] = Field(
-        description="continuation = image, text, end; chat = the chat template"
-    )
+    prompt: Prompt = Field(description="continuation = image, text, end; chat = the chat template")
     instructions: list[str] = Field(
         default_factory=list, description="for chat style on captions: one is drawn per sample"
     )
@@ -104,11 +104,14 @@ class StageSpec(Section):
 
     @model_validator(mode="after")
     def _instructed(self) -> StageSpec:
-        captions = [use.text for use in self.data if use.text != "conversations"]
-        if self.prompt == "chat" and captions and not self.instructions:
-            raise ValueError(
-                f"instructions: chat style on {sorted(set(captions))} needs at least one instruction to answer"
-            )
-        if self.prompt == "continuation" and len(captions) < len(self.data):
-            raise ValueError("prompt: conversations can only be learned in chat style; use prompt: chat")
+        for number, use in enumerate(self.data):
+            style = use.prompt or self.prompt
+            if style == "chat" and use.text != "conversations" and not self.instructions:
+                raise ValueError(
+                    f"instructions: data[{number}] learns '{use.text}' in chat style, which needs at least one to answer"
+                )
+            if style == "continuation" and use.text == "conversations":
+                raise ValueError(
+                    f"data[{number}].prompt: conversations can only be learned in chat style; use prompt: chat"
+                )
         return self

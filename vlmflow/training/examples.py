@@ -118,19 +118,19 @@ def segments_of(sample: Sample, row: dict[str, Any] | None, use: DataUse, stage:
     """
     from vlmflow.models.chat import render
 
-    images = len(sample.meta.get("images", []))
+    images, style = len(sample.meta.get("images", [])), use.prompt or stage.prompt
     if use.text == "conversations":
         turns = sample.meta.get("conversations") or []
-        return render(turns, stage.prompt, images=images, key=sample.key)
+        return render(turns, style, images=images, key=sample.key)
     if row is not None and row.get("error"):
         raise NoText(f"{use.text} failed: {row['error']}")
     text = (sample.meta.get("text") if use.text == "alt" else (row or {}).get("text")) or ""
     if not text.strip():
         raise (Unusable if use.text == "alt" else NoText)(f"no {use.text} text")
     instruction = ""
-    if stage.instructions and stage.prompt == "chat":
+    if stage.instructions and style == "chat":
         instruction = stage.instructions[_draw(seed, sample.key, len(stage.instructions))]
-    return render(None, stage.prompt, text=text, instruction=instruction, images=images, key=sample.key)
+    return render(None, style, text=text, instruction=instruction, images=images, key=sample.key)
 
 
 def _draw(seed: int, key: str, n: int) -> int:
