@@ -262,6 +262,8 @@ def _task_environment(folder: Path, events: Path) -> dict[str, str]:
         "VLMFLOW_SCRATCH": str(folder.parents[1] / "scratch"),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
+        # Loops run estimate.LANES tasks at a time; more threads than cores make each wait for the other's.
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // estimate.LANES)),
     }
     return {
         **defaults,

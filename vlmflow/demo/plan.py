@@ -20,6 +20,8 @@ from vlmflow.evaluation.tsv import Question
 
 SPLITS = {"seed": 0.18, "web": 0.23, "sft": 0.42, "benchmark": 0.17}
 """Share of the digit scans that each part of the demo may draw."""
+DIGIT_PLACES, WORD_PLACES = (0, 3, 6), (1, 2, 4, 5)
+"""Which of every eight rows of a caption table are digits and words; the eighth is a plot."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Plan:
         return draw.digit(index, rng), int(self._labels[index])
 
     def _word(self, i: int, rng: np.random.Generator, fonts: tuple[str, ...]) -> tuple[Image.Image, str]:
-        """The `i`-th word of a table: every run of 24 holds each word once, in its own order."""
+        """The `i`-th word of a table: every run through the vocabulary holds each word once, in its own order."""
         run, place = divmod(i, len(wording.VOCABULARY))
         text = wording.VOCABULARY[self.rng("words", run).permutation(len(wording.VOCABULARY))[place]]
         return draw.word(text, fonts[int(rng.integers(len(fonts)))], rng), text
@@ -87,14 +89,15 @@ class Plan:
         return self._bars.draw(heights, rng), n, chr(ord("A") + tallest)
 
     def _mixed(self, split: str, i: int, rng: np.random.Generator) -> tuple[str, Image.Image, str]:
-        """Row `i` of a caption table: half digits, three eighths words, an eighth plots."""
-        if i % 2 == 0:
-            image, number = self._digit(split, i // 2, rng)
+        """Row `i` of a caption table: of every eight, three digits, four words and a plot."""
+        turn, place = divmod(i, 8)
+        if place in DIGIT_PLACES:
+            image, number = self._digit(split, turn * len(DIGIT_PLACES) + DIGIT_PLACES.index(place), rng)
             return "digit", image, str(number)
-        if i % 8 == 7:
+        if place == 7:
             image, bars, _ = self._chart(rng)
             return "bars", image, str(bars)
-        image, text = self._word(i // 8 * 3 + i % 8 // 2, rng, draw.TRAINING_FONTS)
+        image, text = self._word(turn * len(WORD_PLACES) + WORD_PLACES.index(place), rng, draw.TRAINING_FONTS)
         return "word", image, text
 
     # tables -------------------------------------------------------------------------------------------------------
