@@ -6,12 +6,14 @@ import inspect
 import re
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from vlmflow import local_stack, storage_s3
+from vlmflow import local_stack, storage, storage_s3
+from vlmflow.errors import StorageError
 from vlmflow.local_state import StackInfo
 
 ROOT = Path(__file__).parents[1]
@@ -62,6 +64,23 @@ def test_the_store_is_asked_only_for_what_every_server_can_do() -> None:
     assert asked == {
         "stat_object", "get_object", "put_object", "fput_object", "list_objects", "remove_object", "make_bucket"
     }  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_key_that_is_also_a_folder_is_refused_with_a_hint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    info = local_stack.up(tmp_path / "state", services=["s3"])
+    try:
+        for name, value in local_stack.environment(info).items():
+            monkeypatch.setenv(name, value)
+        storage.write_bytes("s3://vlmflow/a/b", b"1")
+        with pytest.raises(StorageError, match="a key is also the folder of others"):
+            storage.write_bytes("s3://vlmflow/a", b"2")
+        limit = time.monotonic() + 20  # rclone hides what is in the folder until its directory cache has run out
+        while not storage.exists("s3://vlmflow/a/b") and time.monotonic() < limit:
+            time.sleep(0.05)
+        assert storage.read_bytes("s3://vlmflow/a/b") == b"1"
+    finally:
+        local_stack.down(tmp_path / "state")
 
 
 @pytest.mark.slow
