@@ -55,7 +55,7 @@ def accept(data: bytes, max_pixels: int) -> Accepted:
     """Check one image and, where its format is not one that shards keep, convert it to PNG.
 
     Raises:
-        Rejected: not_an_image, too_many_pixels, empty_image or corrupt.
+        Rejected: not_an_image, too_many_pixels or corrupt.
     """
     from PIL import Image
 

@@ -33,18 +33,18 @@ class Recipe(Section):
         default_factory=dict, description="named lists of overrides, used as preset=NAME"
     )
     seed: int = Field(0, ge=0, lt=2**31, description="seed of every random choice")
-    model: ModelSpec
+    model: ModelSpec = Field(description="the parts of the model")
     data: dict[Name, DatasetSpec] = Field(min_length=1, description="datasets by name")
-    pull: PullSpec = Field(default_factory=PullSpec)
-    curation: CurationSpec = Field(default_factory=CurationSpec)
+    pull: PullSpec = Field(default_factory=PullSpec, description="fetching images")
+    curation: CurationSpec = Field(default_factory=CurationSpec, description="steps over one dataset")
     bootstrap: StageSpec | None = Field(
         None, description="first training of the model that captions and scores (POINTS' P)"
     )
     stages: dict[Name, StageSpec] = Field(min_length=1, description="training stages, in order")
     soup: SoupSpec | None = Field(None, description="candidates and how they are combined")
-    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec)
-    registry: RegistrySpec
-    export: ExportSpec = Field(default_factory=ExportSpec)
+    evaluation: EvaluationSpec = Field(default_factory=EvaluationSpec, description="benchmarks and splits")
+    registry: RegistrySpec = Field(description="names in MLflow, and gates")
+    export: ExportSpec = Field(default_factory=ExportSpec, description="the Hugging Face folder")
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:

@@ -32,7 +32,9 @@ class TokenizerSpec(Section):
 
     source: str | None = Field(None, description="hub id or folder; None = train one, or take the language model's")
     train_vocab: int | None = Field(
-        None, ge=300, description="vocabulary size of a trained tokenizer, specials included"
+        None,
+        ge=300,
+        description="vocabulary size of a trained tokenizer in tokens, the 256 bytes and 4 specials included",
     )
     train_on: list[Name] = Field(default_factory=list, description="datasets whose text trains it")
 
@@ -44,22 +46,27 @@ class TokenizerSpec(Section):
 
 
 class TilingSpec(Section):
-    """CATTY tiling (points.md 1.2)."""
+    """CATTY tiling (POINTS 3.1)."""
 
-    tile: int = Field(336, ge=14, description="tile side in pixels = encoder input")
-    max_tiles: int = Field(8, ge=1, le=64, description="largest number of tiles, thumbnail not counted")
+    tile: int = Field(336, ge=14, description="tile side in pixels = encoder input (POINTS: 336)")
+    max_tiles: int = Field(
+        8, ge=1, le=64, description="largest number of tiles an image, thumbnail not counted (POINTS: 8)"
+    )
 
 
 class ModelSpec(Section):
     """A dual-encoder VLM of the POINTS family."""
 
-    family: Literal["points"] = "points"
+    family: Literal["points"] = Field("points", description="model family")
     vision: PartSpec = Field(description="general encoder (CLIP architecture)")
     vision_ocr: PartSpec = Field(description="OCR encoder (CLIP architecture)")
-    ocr_weight: Share = Field(0.5, description="weight of the OCR encoder's projected features (points.md 2.1)")
-    language: PartSpec = Field(description="any AutoModelForCausalLM")
-    tokenizer: TokenizerSpec = Field(default_factory=TokenizerSpec)
-    tiling: TilingSpec = Field(default_factory=TilingSpec)
+    ocr_weight: Share = Field(
+        0.5,
+        description="weight of the OCR encoder's projected features; the general encoder gets the rest (released code: 0.5)",
+    )
+    language: PartSpec = Field(description="language model: any AutoModelForCausalLM")
+    tokenizer: TokenizerSpec = Field(default_factory=TokenizerSpec, description="the tokenizer")
+    tiling: TilingSpec = Field(default_factory=TilingSpec, description="how images are cut")
     trust_remote_code: bool = Field(False, description="run code shipped with hub models; off unless you trust them")
 
     @model_validator(mode="after")

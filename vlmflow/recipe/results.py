@@ -13,15 +13,16 @@ SoupKind = Literal["maximum", "average", "greedy"]
 
 
 class SoupSpec(Section):
-    """Candidates that share a start, and how their weights are combined (points.md 7)."""
+    """Candidates that share a start, and how their weights are combined (POINTS 3.3)."""
 
     stage: Name = Field(description="the stage that is trained once per candidate")
     candidates: dict[Name, list[DataUse]] = Field(
         min_length=1, description="extra data of each candidate, added to the stage's own"
     )
-    maximum: int = Field(2, ge=1, description="models in the maximum soup (p)")
+    maximum: int = Field(2, ge=1, description="models in the maximum soup (p; POINTS does not state it)")
     choose: Literal["greedy", "maximum", "average", "best"] = Field(
-        "greedy", description="best = highest selection score of all"
+        "greedy",
+        description="which model is registered and exported; best = highest selection score of all soups and candidates",
     )
 
 
@@ -29,7 +30,9 @@ class BenchmarkSpec(Section):
     """One benchmark in VLMEvalKit's TSV format."""
 
     table: str = Field(description="URI of the .tsv")
-    kind: Literal["reading", "multiple_choice", "yes_no"]
+    kind: Literal["reading", "multiple_choice", "yes_no"] = Field(
+        description="how replies are judged and which columns are needed"
+    )
     suffix: str = Field(
         "",
         description="text after every question: '' = the kind's own, 'none' = nothing, ' text' = as is, 'text' = a last line",
@@ -37,24 +40,28 @@ class BenchmarkSpec(Section):
     numbers: bool = Field(False, description="reading: 'seven' and '7' count as equal")
     chance: Share | None = Field(None, description="score of guessing; None = derived from the questions")
     max_tiles: int | None = Field(None, ge=1, description="tile limit at test time; None = the model's")
-    max_new_tokens: int | None = Field(None, ge=1)
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="longest reply in tokens; None = evaluation.max_new_tokens"
+    )
 
 
 class EvaluationSpec(Section):
-    """Benchmarks; soups and gates use the selection split, reports use the other."""
+    """Benchmarks. Soups are chosen on the selection split; gates and report read the other, the report split."""
 
-    benchmarks: dict[Name, BenchmarkSpec] = Field(default_factory=dict)
+    benchmarks: dict[Name, BenchmarkSpec] = Field(default_factory=dict, description="benchmarks by name")
     selection_fraction: float = Field(
         0.4, gt=0, lt=1, description="share used for selection where the TSV has no split column"
     )
-    max_new_tokens: int = Field(32, ge=1)
-    batch: int = Field(64, ge=1)
+    max_new_tokens: int = Field(32, ge=1, description="longest reply in tokens (greedy decoding)")
+    batch: int = Field(64, ge=1, description="questions generated at a time; does not change replies")
 
 
 class GatesSpec(Section):
     """What a candidate must show to be promotable."""
 
-    floors: dict[Name, Share] = Field(default_factory=dict, description="least score by benchmark, report split")
+    floors: dict[Name, Share] = Field(
+        default_factory=dict, description="least accuracy (0 to 1) by benchmark, report split"
+    )
     times_chance: dict[Name, float] = Field(default_factory=dict, description="least multiple of chance by benchmark")
     beats_untrained: bool = Field(True, description="every benchmark's score must be above the untrained model's")
 
@@ -64,7 +71,7 @@ class RegistrySpec(Section):
 
     model: Name = Field(description="registered model NAME; versions go to NAME-candidates")
     experiment: str = Field("vlmflow", min_length=1, description="MLflow experiment")
-    gates: GatesSpec = Field(default_factory=GatesSpec)
+    gates: GatesSpec = Field(default_factory=GatesSpec, description="what a candidate must show")
 
 
 class ExportSpec(Section):
