@@ -14,16 +14,21 @@ CONFIG = {
     "s3Region": "AWS_REGION",
     "mlflowTrackingUri": "MLFLOW_TRACKING_URI",
     "captionUrl": "VLMFLOW_CAPTION_URL",
+    "fuseUrl": "VLMFLOW_FUSE_URL",
 }
 # The secret that KFP itself keeps its object store's key pair in.
 STORE_SECRET = "mlpipeline-minio-artifact"
 STORE_KEYS = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
+# API keys of caption and fusion endpoints, for those who use them.
+ENDPOINT_SECRET = "vlmflow-endpoints"
+ENDPOINT_KEYS = {"captionKey": "VLMFLOW_CAPTION_KEY", "fuseKey": "VLMFLOW_FUSE_KEY"}
 
 
 def _platform(task: PipelineTask) -> PipelineTask:
     for key, variable in CONFIG.items():
         kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: variable}, optional=True)
     kubernetes.use_secret_as_env(task, STORE_SECRET, STORE_KEYS, optional=True)
+    kubernetes.use_secret_as_env(task, ENDPOINT_SECRET, ENDPOINT_KEYS, optional=True)
     kubernetes.set_security_context(task, run_as_non_root=True)
     # PyTorch's workers share memory through /dev/shm, 64 MiB in a plain container.
     kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory")

@@ -28,6 +28,7 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip(path, tmp_path):
         ("stages.sft.prompt=continuation", "conversations can only be learned in chat style"),
         ("stages.ocr.data.0.dataset=seed", "text 'ocr' is made by curation"),
         ("soup.candidates.greedy=[{dataset: sft, text: conversations}]", "name soups and cannot name candidates"),
+        ("bootstrap=null", "curation.scorer: perplexity needs a model that has learned to see"),
         ("soup.maximum=99", "99 models are asked for"),
         ("soup.stage=ocr", "must be the last stage"),
         ("stages.sft.processes=3", "cannot be dealt to 3 processes"),

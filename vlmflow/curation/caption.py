@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation import openai_client
 from vlmflow.curation.checks import is_refusal
-from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures
+from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures, scorer
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError, RecipeError
 
@@ -41,6 +41,7 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef | None = None) -> Mani
     spec = ctx.recipe.curation.caption
     params: dict[str, Any] = {"engine": spec.engine, "prompt": spec.prompt, "max_new_tokens": spec.max_new_tokens}
     if spec.engine == "model":
+        model = scorer(ctx, model)
         if model is None:
             raise RecipeError(
                 "curation.caption.engine is 'model' but the step got no model; pass one or use engine openai"

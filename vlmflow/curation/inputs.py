@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from vlmflow import storage
 from vlmflow.dataset.layer import failures
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.errors import DataError, StepFailed
@@ -19,12 +20,22 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from vlmflow.dataset.sample import Sample
+    from vlmflow.models.store import ModelRef
+    from vlmflow.step import Context
 
 UPSTREAM = "upstream: "
 WINDOW = 256  # samples whose decoded pictures are in memory together, at most ...
 PIXELS = 128 * 2**20  # ... and their pixels, at most, if more than one (three bytes each)
 
 T = TypeVar("T")
+
+
+def scorer(ctx: Context, built: ModelRef | None) -> ModelRef | None:
+    """POINTS' P: the model that captions and scores. The one the recipe names, else the one built by this run."""
+    from vlmflow.models.store import MARKER, load_ref
+
+    named = ctx.recipe.curation.scorer
+    return load_ref(storage.join(named, MARKER)) if named else built
 
 
 def windows(items: Iterable[T], size: int = WINDOW) -> Iterator[list[T]]:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.caption import Lazy
-from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures, text_of
+from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures, scorer, text_of
 from vlmflow.curation.prompts import scoring_prompt
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError
@@ -40,6 +40,7 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef) -> Manifest:
     """
     spec = ctx.recipe.curation.perplexity
     prompt = scoring_prompt(spec.text, spec.prompt)
+    model = scorer(ctx, model) or model
     params = {"text": spec.text, "prompt": prompt, "weights": model.weights_sha256, "digits": DIGITS}
     vlm = Lazy(ctx, model)
 

@@ -125,6 +125,11 @@ class Recipe(Section):
                     f"{name}.packs: {stage.packs} packs a step cannot be dealt to {stage.processes} processes evenly; "
                     f"use a multiple of {stage.processes}"
                 )
+        if self.curation.dataset and not (self.bootstrap or self.curation.scorer):
+            problems.append(
+                "curation.scorer: perplexity needs a model that has learned to see (a new projector is random), and the recipe has no "
+                "bootstrap; name a model folder of the store, or add a bootstrap section"
+            )
         if "bootstrap" in self.stages:
             problems.append("stages.bootstrap: this name is reserved for the section 'bootstrap'")
         return problems

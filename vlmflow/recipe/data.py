@@ -155,6 +155,10 @@ class CurationSpec(Section):
     """Steps over one dataset of image + alt text; None leaves curation out."""
 
     dataset: Name | None = Field(None, description="the dataset that is curated; None leaves curation out")
+    scorer: str | None = Field(
+        None,
+        description="URI of a model folder in the store (with its model.json) that captions and scores; None = the bootstrap model",
+    )
     ocr: OcrSpec = Field(default_factory=OcrSpec, description="text in images")
     caption: CaptionSpec = Field(default_factory=CaptionSpec, description="synthetic captions")
     fuse: FuseSpec = Field(default_factory=FuseSpec, description="alt text and synthetic caption merged")
