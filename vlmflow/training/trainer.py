@@ -240,7 +240,7 @@ class Trainer:
             else "another rank's samples caused it; here were"
         )
         return (
-            f"step {step}: {what}; training stopped before the weights were spoilt. On rank {self.rank} {where} {keys}. Look at "
+            f"step {step}: {what}; training stopped before anything of this step was saved. On rank {self.rank} {where} {keys}. Look at "
             "these samples, lower the learning rate or lengthen the warm-up; the last checkpoint is untouched."
         )
 
