@@ -25,7 +25,9 @@ from vlmflow import demo, process_tree, recipe
 from vlmflow.digest import sha256_file
 
 RECIPE = "recipes/points-tiny.yaml"
-SIZES = demo.Sizes(seed=96, web=120, base=96, charts=24, pairs=24, describe=24, digits=30, words=24, mcq=16, yesno=16)
+SIZES = demo.Sizes(
+    seed=96, texts=24, web=120, base=96, charts=24, pairs=24, describe=24, digits=30, words=24, mcq=16, yesno=16
+)
 SMALL = [
     "bootstrap.max_steps=8",
     "bootstrap.checkpoint.every=2",

@@ -18,7 +18,7 @@ from vlmflow.demo import draw, site, wording
 from vlmflow.demo.plan import Plan, Sizes
 
 SMALL = Sizes(seed=48, web=100, base=60, charts=8, pairs=16, describe=16, digits=40, words=50, mcq=40, yesno=40)
-TRAINING = ("seed", "web", "base", "charts", "pairs", "describe")
+TRAINING = ("seed", "texts", "web", "base", "charts", "pairs", "describe")
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ class Sizes:
     """Rows of each table and benchmark."""
 
     seed: int = 1200
+    texts: int = 400
     web: int = 900
     base: int = 1000
     charts: int = 200
@@ -108,6 +109,17 @@ class Plan:
             rng = self.rng("seed", i)
             kind, image, label = self._mixed("seed", i, rng)
             yield Row(kind, label, draw.png(image), {"text": wording.caption(kind, label)})
+
+    def texts(self) -> Iterator[Row]:
+        """The seed set's other half: what is written, and nothing else, so that model P can also read aloud."""
+        for i in range(self.sizes.texts):
+            rng = self.rng("texts", i)
+            if i % 2 == 0:
+                image, number = self._digit("seed", i // 2, rng)
+                yield Row("digit", str(number), draw.png(image), {"text": str(number)})
+            else:
+                image, text = self._word(i // 2, rng, draw.TRAINING_FONTS)
+                yield Row("word", text, draw.png(image), {"text": text})
 
     def web(self) -> Iterator[Row]:
         """The web set: alt texts of web quality, some with planted rare facts, some links broken (`fault`)."""

@@ -26,6 +26,7 @@ _HERE = Path(__file__).parent
 BENCHMARKS = ("digits", "words", "mcq", "yesno")
 TABLES = {
     "seed": "tables/seed.parquet",
+    "texts": "tables/seed-texts.parquet",
     "web": "tables/web.parquet",
     "base": "tables/sft-base.parquet",
     "charts": "tables/sft-charts.parquet",
