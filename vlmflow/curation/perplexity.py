@@ -17,6 +17,7 @@ from vlmflow.curation.inputs import check_own_failures, picture_windows, picture
 from vlmflow.curation.prompts import scoring_prompt
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError
+from vlmflow.models import store
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
@@ -41,7 +42,10 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef) -> Manifest:
     spec = ctx.recipe.curation.perplexity
     prompt = scoring_prompt(spec.text, spec.prompt)
     model = scorer(ctx, model) or model
-    params = {"text": spec.text, "prompt": prompt, "weights": model.weights_sha256, "digits": DIGITS}
+    params = {
+        "text": spec.text, "prompt": prompt, "weights": model.weights_sha256,
+        "model": store.behaviour_digest(model.files), "digits": DIGITS,
+    }  # fmt: skip
     vlm = Lazy(ctx, model)
 
     def compute(reader: ShardReader, upstream: dict[str, dict[str, Row]]) -> Iterator[Row]:

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from vlmflow.step import Context
 
 VERSION = 1  # of this file: what is stored and how it is counted
-BEHAVIOUR = (".json", ".jinja", ".txt", ".model", ".safetensors")  # model files that decide what a model says
 CHUNK = 8  # batches whose images are held in memory at once
 
 
@@ -106,8 +105,7 @@ def _plan(ctx: Context, name: str, files: Sequence[store.FileRef], split: Split)
         "selection_fraction": evaluation.selection_fraction,
         "seed": ctx.recipe.seed,
     }
-    model = sorted((f.path, f.sha256) for f in files if f.path.endswith(BEHAVIOUR))
-    key = digest([model, sha256, split, settings, MATCHER_VERSION, prompts.PROMPT_VERSION, VERSION])
+    key = digest([store.behaviour_digest(files), sha256, split, settings, MATCHER_VERSION, prompts.PROMPT_VERSION, VERSION])
     return _Plan(name, spec, path, sha256, settings, storage.join(ctx.root, "scores", key[:32]))
 
 

@@ -7,6 +7,7 @@ JSON and nothing else.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vlmflow.step import Context
 
 MARKER = "model.json"
+BEHAVIOUR = (".json", ".jinja", ".txt", ".model", ".safetensors")  # files that decide what a model says and learns
 
 
 class _Frozen(BaseModel):
@@ -66,6 +68,15 @@ class ModelRef(_Frozen):
 def weights_digest(files: list[FileRef]) -> str:
     """Identity of the weights: digest over the hashes of all ``*.safetensors`` files."""
     return digest([[f.path, f.sha256] for f in sorted(files, key=lambda f: f.path) if f.path.endswith(".safetensors")])
+
+
+def behaviour_digest(files: Iterable[FileRef]) -> str:
+    """Identity of what a model does: weights, configuration, tokenizer, template, processor.
+
+    Weights alone do not tell: two random starts of one seed have equal weights under different tokenizers, tile limits
+    or encoder weightings, and train to different models.
+    """
+    return digest(sorted([f.path, f.sha256] for f in files if f.path.endswith(BEHAVIOUR)))
 
 
 def describe_files(folder: str | Path) -> list[FileRef]:
