@@ -70,7 +70,7 @@ class Result:
 
     def reader(self) -> ShardReader:
         """The shard's samples, wherever it lies."""
-        return ShardReader(str(self.local[-1][0]) if self.local else self.ref.uri)
+        return ShardReader(str(self.local[-1][0]) if self.local else self.ref)
 
 
 @dataclass
