@@ -149,7 +149,7 @@ def test_enormous_image_is_not_decoded(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("vlmflow.evaluation.pictures.MAX_PIXELS", 60)
     write_table(tmp_path / "t.tsv", [row()])
     table = Table(tmp_path / "t.tsv", "multiple_choice")
-    with pytest.raises(DataError, match="9 x 7 = 63 pixels; at most 60"):
+    with pytest.raises(DataError, match="9x7 = 63 pixels, over the limit of 60"):
         table.images(table[0])
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from vlmflow.step import Context
 
 LAYER = "synthetic"
-VERSION = 1
+VERSION = 2  # 2: pictures upright and on white, as in training
 SCHEMA = {"text": "str", "finish": "str", "prompt_tokens": "int", "completion_tokens": "int"}
 
 

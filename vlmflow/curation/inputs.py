@@ -6,7 +6,6 @@ UPSTREAM, and does not count against this step's own failure limit.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -67,22 +66,21 @@ def weighed(items: Iterable[T], weight: Callable[[T], int], size: int, budget: i
 
 
 def pictures(sample: Sample) -> list[Image]:
-    """The sample's pictures as RGB.
+    """The sample's pictures as RGB, upright, exactly as training decodes them.
 
     Raises:
         DataError: it has none, or one cannot be decoded. The message is the reason that goes into a layer.
     """
-    from PIL import Image, UnidentifiedImageError
+    from vlmflow.vision.image import decode
 
     if not sample.images:
         raise DataError("no image")
     out = []
     for data in sample.images:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                out.append(image.convert("RGB"))
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"image cannot be decoded ({type(error).__name__})") from error
+            out.append(decode(data))
+        except DataError as error:
+            raise DataError(f"image cannot be decoded ({type(error.__cause__ or error).__name__})") from error
     return out
 
 

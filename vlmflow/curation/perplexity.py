@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from vlmflow.step import Context
 
 LAYER = "ppl"
-VERSION = 1
+VERSION = 2  # 2: pictures upright and on white, as in training
 SCHEMA = {"ppl": "float", "nll": "float", "tokens": "int"}
 DIGITS = 5  # significant digits kept of nll (nats, summed) and ppl
 Row = dict[str, Any]

@@ -29,7 +29,7 @@ from vlmflow.models import store
 if TYPE_CHECKING:
     from vlmflow.step import Context
 
-VERSION = 1  # of this file: what is stored and how it is counted
+VERSION = 2  # of this file and of how pictures are decoded: what is stored and how it is counted
 CHUNK = 8  # batches whose images are held in memory at once
 
 

@@ -14,7 +14,9 @@ from PIL import Image, ImageOps
 from vlmflow.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-DEFAULT_MAX_PIXELS = 50_000_000
+# Pillow's own hard limit. Images of shards met the recipe's limit (pull.max_pixels) when they were pulled; a lower one
+# here would let a training stop in the middle at a picture that the recipe allows.
+DEFAULT_MAX_PIXELS = 178_956_970
 
 
 def decode(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
@@ -31,8 +33,8 @@ def decode(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(
-                    f"the image declares {width}x{height} = {width * height} pixels, over the limit of {max_pixels} "
-                    "(pull.max_pixels); not decoded, because such files can exhaust memory"
+                    f"the image declares {width}x{height} = {width * height} pixels, over the limit of {max_pixels}; "
+                    "not decoded, because such files can exhaust memory"
                 )
             image.seek(0)
             image.load()
