@@ -110,6 +110,14 @@ def test_a_second_run_finds_the_export_without_a_smoke_test(exported, trained, m
     assert export.run(ctx, model, samples.score_table(model), soup_of(model), {"sft": samples.manifest()}) == exported
 
 
+def test_a_commit_makes_no_new_export(exported, trained, monkeypatch):
+    """The address follows the model and its card, not the checkout that exported it."""
+    ctx, model = trained
+    monkeypatch.setenv("VLMFLOW_CODE_VERSION", "0.1.0+another-commit")
+    monkeypatch.setattr(smoke, "compare", lambda *_: pytest.fail("tested again"))
+    assert export.run(ctx, model, samples.score_table(model), soup_of(model), {"sft": samples.manifest()}) == exported
+
+
 def test_an_export_that_was_cut_off_is_made_again_with_the_same_bytes(exported, trained, monkeypatch):
     ctx, model = trained
     before = {p.name: p.read_bytes() for p in local(exported).iterdir()}

@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 import vlmflow
 from vlmflow.digest import digest
 from vlmflow.registry import gates, tracking
-from vlmflow.registry.rows import UNTRAINED, ScoreRow, final_row, score_rows
+from vlmflow.registry.rows import UNTRAINED, ScoreRow, chosen_row, final_row, score_rows
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -72,7 +72,7 @@ def run(
     """
     datasets = dict(datasets or {})
     rows = score_rows(scores)
-    final = final_row(scores, model.weights_sha256, getattr(soup, "chosen", ""))
+    final = final_row(scores, model.weights_sha256, chosen_row(soup))
     spec = ctx.recipe.registry
     recipe_digest = digest(ctx.recipe)
     key = digest({"weights": model.weights_sha256, "recipe": recipe_digest})
