@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmflow.errors import DataError, NotFound, Unreachable
+from vlmflow.errors import AccessDenied, DataError, NotFound, Unreachable
 from vlmflow.evaluation import prompts, table_file
 from vlmflow.evaluation.pictures import encode_image
 from vlmflow.evaluation.tsv import Question, Table, write_table
+
+HERE = ["127.0.0.1"]
 
 
 def picture(shade: int) -> Image.Image:
@@ -195,20 +197,22 @@ def test_table_over_http_follows_changes(tmp_path: Path, monkeypatch: pytest.Mon
     threading.Thread(target=server.serve_forever, daemon=True).start()
     uri = f"http://127.0.0.1:{server.server_port}/a.tsv"
     try:
-        assert table_file.local_table(uri, scratch).read_text() == "one"
+        assert table_file.local_table(uri, scratch, HERE).read_text() == "one"
         monkeypatch.setattr(table_file, "_fetched", {})  # a new process: the server says 304
-        assert table_file.local_table(uri, scratch).read_text() == "one"
+        assert table_file.local_table(uri, scratch, HERE).read_text() == "one"
         (served / "a.tsv").write_text("three")
         os.utime(served / "a.tsv", (2e9, 2e9))
         monkeypatch.setattr(table_file, "_fetched", {})
-        assert table_file.local_table(uri, scratch).read_text() == "three"
+        assert table_file.local_table(uri, scratch, HERE).read_text() == "three"
         with pytest.raises(NotFound, match="404"):
-            table_file.local_table(uri + ".gone", scratch)
+            table_file.local_table(uri + ".gone", scratch, HERE)
     finally:
         server.shutdown()
         server.server_close()
+    with pytest.raises(AccessDenied, match=r"127\.0\.0\.1 is 127\.0\.0\.1.*pull\.allow_hosts"):
+        table_file.local_table(uri + "?private", scratch)
     with pytest.raises(Unreachable, match="3 attempts"):
-        table_file.local_table(uri + "?other", scratch)
+        table_file.local_table(uri + "?other", scratch, HERE)
     assert table_file.local_table(str(served / "a.tsv"), scratch) == served / "a.tsv"
     with pytest.raises(NotFound, match=r"none\.tsv"):
         table_file.local_table(str(tmp_path / "none.tsv"), scratch)

@@ -269,7 +269,24 @@ def test_preflight_without_mlflow(ctx, tmp_path, monkeypatch):
 
 def test_preflight_with_a_dead_table_server(ctx, monkeypatch):
     with pytest.raises(DataError, match=r"data\.seed\.sources\.captions\.table: http://127.0.0.1:1/x does not answer"):
-        preflight._table("data.seed.sources.captions.table", "http://127.0.0.1:1/x")
+        preflight._table("data.seed.sources.captions.table", "http://127.0.0.1:1/x", ["127.0.0.1"])
+
+
+def test_preflight_does_not_reach_into_the_network_it_runs_in(ctx):
+    """A recipe names addresses; the metadata service of a cloud is not one of them."""
+    with pytest.raises(DataError, match=r"169\.254\.169\.254.*private network.*pull\.allow_hosts"):
+        preflight._table("data.web.sources.web.table", "http://169.254.169.254/latest/x.csv", ["127.0.0.1"])
+
+
+def test_preflight_shows_no_credentials(ctx, monkeypatch):
+    monkeypatch.setattr(preflight, "_answers", lambda url, _: None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow:5000")
+    monkeypatch.setenv("VLMFLOW_CAPTION_URL", "http://host/v1?key=secret")
+    caption = ctx.recipe.curation.caption.model_copy(update={"engine": "openai", "model_name": "m"})
+    curation = ctx.recipe.curation.model_copy(update={"caption": caption})
+    ctx.recipe = ctx.recipe.model_copy(update={"curation": curation})
+    rows = [*preflight._mlflow(ctx), *preflight._services(ctx)]
+    assert len(rows) == 2 and "secret" not in str(rows) and "http://mlflow:5000" in str(rows)
 
 
 def test_preflight_with_a_full_scratch_disk(ctx, monkeypatch):

@@ -226,7 +226,9 @@ def test_sigterm_then_the_step_again_publishes_the_same_model(place: Any, monkey
     checkpoints = storage.join(ctx.root, "checkpoints")
     assert storage.list_uris(checkpoints) == []
     stored = {i.uri.removeprefix(f"{ref.uri}/") for i in storage.list_uris(ref.uri)}
-    assert stored == {"model.json", *(f.path for f in ref.files)}, "a log in the model's folder would differ by candidate"
+    assert stored == {"model.json", *(f.path for f in ref.files)}, (
+        "a log in the model's folder would differ by candidate"
+    )
     left_over = storage.join(checkpoints, ref.uri.rsplit("/", 1)[-1], "step-00000003", checkpoint.MARKER)
     storage.write_bytes(left_over, b"{}")  # killed between publishing and clearing
 

@@ -22,7 +22,7 @@ from vlmflow.evaluation.ask import Generates, ask
 from vlmflow.evaluation.match import MATCHER_VERSION
 from vlmflow.evaluation.scores import BenchmarkScore, Scores, Split, wilson
 from vlmflow.evaluation.split import divide
-from vlmflow.evaluation.table_file import local_table
+from vlmflow.evaluation.table_file import table_of
 from vlmflow.evaluation.tsv import Question, Table
 from vlmflow.models import store
 
@@ -93,7 +93,7 @@ def _load(folder: Path) -> Generates:
 def _plan(ctx: Context, name: str, files: Sequence[store.FileRef], split: Split) -> _Plan:
     evaluation = ctx.recipe.evaluation
     spec = evaluation.benchmarks[name]
-    path = local_table(spec.table, ctx.scratch)
+    path = table_of(ctx, spec)
     sha256 = sha256_file(path)
     settings = {
         "kind": spec.kind,
@@ -105,7 +105,9 @@ def _plan(ctx: Context, name: str, files: Sequence[store.FileRef], split: Split)
         "selection_fraction": evaluation.selection_fraction,
         "seed": ctx.recipe.seed,
     }
-    key = digest([store.behaviour_digest(files), sha256, split, settings, MATCHER_VERSION, prompts.PROMPT_VERSION, VERSION])
+    key = digest(
+        [store.behaviour_digest(files), sha256, split, settings, MATCHER_VERSION, prompts.PROMPT_VERSION, VERSION]
+    )
     return _Plan(name, spec, path, sha256, settings, storage.join(ctx.root, "scores", key[:32]))
 
 

@@ -16,16 +16,16 @@ import csv
 import hashlib
 import io
 import json
-import os
 import string
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vlmflow.errors import DataError
 from vlmflow.evaluation.pictures import decode_image, encode_image
+from vlmflow.storage_file import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -109,19 +109,16 @@ def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     columns = [c for c in usual if c in names] + sorted(names - set(usual) - {"image"})
     columns += ["image"] if "image" in names else []
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as f:
-            writer = csv.writer(f, delimiter="\t", lineterminator="\n")
-            writer.writerow(columns)
-            for row in rows:
-                writer.writerow([_image_text(row.get(c, "")) if c == "image" else row.get(c, "") for c in columns])
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    def fill(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([_image_text(row.get(c, "")) if c == "image" else row.get(c, "") for c in columns])
+        text.detach()
+
+    write_atomically(path, fill)
 
 
 def _image_text(value: Any) -> str:

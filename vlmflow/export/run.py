@@ -92,12 +92,12 @@ def questions(ctx: Context) -> list[smoke.Question]:
     """The first `export.examples` held-out questions, dealt from the benchmarks in turn; a drawn picture without any."""
     from vlmflow.evaluation import prompts
     from vlmflow.evaluation.split import divide
-    from vlmflow.evaluation.table_file import local_table
+    from vlmflow.evaluation.table_file import table_of
     from vlmflow.evaluation.tsv import Table
 
     spec, wanted, queues = ctx.recipe.evaluation, ctx.recipe.export.examples, []
     for name, benchmark in sorted(spec.benchmarks.items()):
-        table = Table(local_table(benchmark.table, ctx.scratch), benchmark.kind, name)
+        table = Table(table_of(ctx, benchmark), benchmark.kind, name)
         sides, _ = divide(table.questions, ctx.recipe.seed, spec.selection_fraction, str(table.path))
         queues.append([(table, benchmark, question) for question in sides["report"][:wanted]])
     found = []

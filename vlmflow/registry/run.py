@@ -108,7 +108,7 @@ def run(
                 mlflow.set_model_version_tag(name, version, tag, value)
     return Registered(
         name=name, version=version, run_id=run_id, source=source,
-        url=f"{tracking.tracking_uri()}/#/models/{name}/versions/{version}",
+        url=f"{tracking.shown_uri()}/#/models/{name}/versions/{version}",
         gates={result.name: result.tag[1] for result in results},
         gate_details={result.name: result.detail for result in results},
     )  # fmt: skip
