@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmflow import storage
-from vlmflow.dataset.layer import failures
+from vlmflow.dataset.layer import failures, judge_failures
 from vlmflow.dataset.manifest import Manifest
-from vlmflow.errors import DataError, StepFailed
+from vlmflow.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,13 +106,6 @@ def check_own_failures(manifest: Manifest, name: str, limit: float, scratch: Any
     """
     listed = list(failures(manifest, name, scratch))
     own = [(key, reason) for key, reason in listed if not reason.startswith(UPSTREAM)]
-    reached = manifest.samples - (len(listed) - len(own))
-    if own and len(own) / reached > limit:
-        common = Counter(reason for _, reason in own).most_common(3)
-        raise StepFailed(
-            f"step '{name}': {len(own)} of {reached} samples failed ({len(own) / reached:.1%}), the recipe allows {limit:.1%} "
-            f"(failure_limit). Commonest: {'; '.join(f'{n} x {reason}' for reason, n in common)}. "
-            f"First: sample {own[0][0]}. Mend the cause, or raise the limit if this loss is acceptable."
-        )
+    judge_failures(name, own, manifest.samples - (len(listed) - len(own)), limit)
     counts = Counter(reason for _, reason in listed)
     return [[reason, n] for reason, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]

@@ -19,7 +19,7 @@ from vlmflow.digest import digest, sha256_file
 from vlmflow.errors import DataError, RecipeError
 from vlmflow.evaluation import prompts
 from vlmflow.evaluation.ask import Generates, ask
-from vlmflow.evaluation.match import MATCHER_VERSION
+from vlmflow.evaluation.match import MATCHER_VERSION, clean, normalise
 from vlmflow.evaluation.scores import BenchmarkScore, Scores, Split, wilson
 from vlmflow.evaluation.split import divide
 from vlmflow.evaluation.table_file import table_of
@@ -144,12 +144,12 @@ def _score(ctx: Context, plan: _Plan, vlm: Generates, split: Split) -> Benchmark
 
 def chance(questions: Sequence[Question], kind: str) -> float:
     """Expected accuracy of guessing: yes_no 1/2; multiple_choice the mean of 1 / options; reading 1 / distinct gold
-    answers of these questions (a guesser who knows the answers but not the images)."""
+    answers of these questions, compared as replies are (a guesser who knows the answers but not the images)."""
     if kind == "yes_no":
         return 0.5
     if kind == "multiple_choice":
         return sum(1 / len(q.options) for q in questions) / len(questions)
-    return 1 / len({q.answer for q in questions})
+    return 1 / len({frozenset(normalise(answer) or clean(answer) for answer in q.answers) for q in questions})
 
 
 def _categories(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, int]]:

@@ -30,7 +30,6 @@ class Family:
         positions: ids -> position ids; 1-D [N] for ordinary RoPE.
         labels: (ids, mask) -> labels, -100 outside targets, not shifted; the first token is never a target.
         build: (recipe.model, tokenizer, seed) -> PreTrainedModel on the CPU.
-        load: folder -> PreTrainedModel.
         roles: role -> regexes of parameter names (re.match).
         unused: regexes of parameters that never get a gradient.
         numbered: role -> regex whose first group is the layer number.
