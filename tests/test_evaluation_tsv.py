@@ -59,6 +59,14 @@ def test_equal_copies_of_an_image_belong_together(tmp_path: Path) -> None:
     assert [q.group for q in Table(tmp_path / "t.tsv", "reading")] == ["a", "b", "a", "b", "b"]
 
 
+def test_no_picture_of_a_row_is_on_the_other_side_of_the_split(tmp_path: Path) -> None:
+    """Also its second picture, one that is only referred to, and rows joined by a third."""
+    images = [picture(1), [picture(2), picture(1)], picture(3), picture(4), [picture(4), picture(3)], "d", picture(5)]
+    rows = [{"index": i, "question": "?", "answer": "x", "image": m} for i, m in zip("abcdefg", images, strict=True)]
+    write_table(tmp_path / "t.tsv", rows)
+    assert [q.group for q in Table(tmp_path / "t.tsv", "reading")] == ["a", "a", "c", "c", "c", "c", "g"]
+
+
 def test_equal_rows_equal_bytes(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_table(tmp_path / name, ROWS)

@@ -24,7 +24,7 @@ def divide(
     When the `split` column says selection or report, it decides (then every row must say so). Other values of that
     column, like dev or test, mean something else in VLMEvalKit and are not used. Otherwise a row belongs to selection
     when a hash of (seed, index) falls below `selection_fraction`; rows that share an image share their side, by the
-    index of the first row that holds it, so no image is in both.
+    name of their group, so no image is in both.
 
     Raises DataError: a row without a side in such a column, or a side without rows; `where` names the table.
     """

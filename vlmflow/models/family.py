@@ -132,7 +132,7 @@ def sequential_positions(ids: Sequence[int]) -> np.ndarray:
     return np.arange(len(ids), dtype=np.int64)
 
 
-def masked_labels(ids: Sequence[int], mask: Sequence[bool]) -> np.ndarray:
+def masked_labels(ids: Sequence[int] | np.ndarray, mask: Sequence[bool] | np.ndarray) -> np.ndarray:
     """ids where the mask holds, else -100; int64 [N], not shifted. The first token follows nothing: never a target."""
     labels = np.where(np.asarray(mask, dtype=bool), np.asarray(ids, dtype=np.int64), IGNORED)
     labels[:1] = IGNORED
