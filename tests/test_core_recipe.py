@@ -33,6 +33,10 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip(path, tmp_path):
         ("soup.candidates.untrained=[{dataset: sft, text: conversations}]", "name other rows of the score table"),
         ("soup.candidates.ocr=[{dataset: sft, text: conversations}]", "name other rows of the score table or stages"),
         ("registry.gates.floors.nowhere=0.5", "there is no benchmark 'nowhere'; evaluation.benchmarks has"),
+        (
+            "soup.candidates.more=[{dataset: seed, text: alt}]",
+            "soup.candidates.more[0].text: 'alt' in chat style needs",
+        ),
         ("soup.maximum=99", "99 models are asked for"),
         ("soup.stage=ocr", "must be the last stage"),
         ("stages.sft.processes=3", "cannot be dealt to 3 processes"),

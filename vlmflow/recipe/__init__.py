@@ -83,7 +83,9 @@ class Recipe(Section):
             for source in sources or []:
                 if source not in known:
                     problems.append(f"{field}: dataset '{dataset}' has no source '{source}'; it has {sorted(known)}")
-        for field, _, use in self.uses():
+        for field, stage, use in self.uses():
+            if field.startswith("soup.") and stage and (problem := stage.misfit(use)):
+                problems.append(f"{field}.{problem}")
             if (
                 use.text in ("ocr", "synthetic", "fused")
                 and use.dataset in self.data
