@@ -70,7 +70,7 @@ def test_all_files_are_there_and_hashed(exported):
     assert names >= {
         "config.json", "model.safetensors", "generation_config.json", "processor_config.json", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "README.md", "SHA256SUMS", "configuration_points.py",
-        "modeling_points.py", "processing_points.py", "catty.py",
+        "modeling_points.py", "processing_points.py", "catty.py", "rgb.py",
     }  # fmt: skip
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=local(exported), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count(": OK") == len(names) - 1

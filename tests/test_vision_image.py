@@ -75,11 +75,12 @@ def test_broken_bytes_are_a_data_error(data):
         decode(data)
 
 
-def test_curation_and_evaluation_see_what_training_sees():
-    """A rotated and a transparent picture: three decoders once gave three pictures of each."""
+def test_curation_evaluation_and_export_see_what_training_sees():
+    """A rotated and a transparent picture: the decoders once gave several pictures of each."""
     from vlmflow.curation.inputs import pictures
     from vlmflow.dataset.sample import Sample
     from vlmflow.evaluation.pictures import decode_image
+    from vlmflow.models.points.processing_points import _open
 
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -90,6 +91,8 @@ def test_curation_and_evaluation_see_what_training_sees():
         (curated,) = pictures(Sample("k", {"images": [{}]}, (data,)))
         assert np.array_equal(np.asarray(curated), expected)
         assert np.array_equal(np.asarray(decode_image(base64.b64encode(data).decode(), "cell")), expected)
+        with Image.open(io.BytesIO(data)) as opened:  # as a stranger gives it to the exported processor
+            assert np.array_equal(np.asarray(_open(opened)), expected)
 
 
 def test_a_picture_that_the_pull_accepted_can_always_be_trained_on():
