@@ -5,8 +5,9 @@ Training writes NAME-candidates only; NAME belongs to the promoter (platform.md 
 the version is a LoggedModel that holds either the raw files or, when the model lies in S3, just its address: weights
 of tens of gigabytes are never copied through the tracking server.
 
-Everything is found again by one key (weights + recipe): a second call, or one after a kill, completes what is there
-and returns the same version.
+Everything is found again by one key (weights + recipe + scores): a second call, or one after a kill, completes what is
+there and returns the same version. A version that is complete keeps what was recorded with it; only the gates, which
+look at the stored files as they are now, are judged again.
 """
 
 from __future__ import annotations
@@ -75,7 +76,8 @@ def run(
     final = final_row(scores, model.weights_sha256, chosen_row(soup))
     spec = ctx.recipe.registry
     recipe_digest = digest(ctx.recipe)
-    key = digest({"weights": model.weights_sha256, "recipe": recipe_digest})
+    measured = [[row.row, row.benchmark, row.split, row.score, row.chance, row.n] for row in rows]
+    key = digest({"weights": model.weights_sha256, "recipe": recipe_digest, "scores": measured})
     name = f"{spec.model}-candidates"
     results = gates.evaluate(
         rows, final, UNTRAINED, spec.gates, model, [each.digest for each in datasets.values()], recipe_digest
@@ -86,11 +88,11 @@ def run(
     mlflow = tracking.client()
     with tracking.translated(f"registering {name}"):
         experiment_id = tracking.experiment(mlflow, spec.experiment)
-        run_id = tracking.find_or_create_run(mlflow, experiment_id, key, f"{ctx.recipe.name}-{key[:8]}", tags)
-        experiment_id = str(mlflow.get_run(run_id).info.experiment_id)  # a given run may belong to another one
         _registered_model(mlflow, name)
         version = _find_version(mlflow, name, key)
         if version is None:
+            run_id = tracking.find_or_create_run(mlflow, experiment_id, key, f"{ctx.recipe.name}-{key[:8]}", tags)
+            experiment_id = str(mlflow.get_run(run_id).info.experiment_id)  # a given run may belong to another one
             _log_params(mlflow, run_id, ctx.recipe.model_dump(mode="json"))
             _log_datasets(mlflow, run_id, datasets)
             model_id, source = _logged_model(ctx, mlflow, model, experiment_id, run_id, tags, name)
@@ -99,13 +101,14 @@ def run(
             made = mlflow.create_model_version(
                 name, source, run_id=run_id, tags=tags, model_id=model_id, description=_description(rows, final)
             )
-            if not os.environ.get("MLFLOW_RUN_ID"):  # a given run is ended by whoever opened it
-                mlflow.set_terminated(run_id, "FINISHED")
             version, source = str(made.version), str(made.source)
         else:
             run_id, source, version = str(version.run_id), str(version.source), str(version.version)
-            for tag, value in tags.items():  # a gate's verdict follows the scores and files as they are now
-                mlflow.set_model_version_tag(name, version, tag, value)
+            for result in results:
+                mlflow.set_model_version_tag(name, version, *result.tag)
+        given = os.environ.get("MLFLOW_RUN_ID")  # a given run is ended by whoever opened it
+        if not given and mlflow.get_run(run_id).info.status == "RUNNING":
+            mlflow.set_terminated(run_id, "FINISHED")
     return Registered(
         name=name, version=version, run_id=run_id, source=source,
         url=f"{tracking.shown_uri()}/#/models/{name}/versions/{version}",
