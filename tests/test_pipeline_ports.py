@@ -117,6 +117,17 @@ def test_every_model_is_evaluated_once_in_groups(ctx, tmp_path):
         assert all(group["models"] for group in groups)
 
 
+def test_gates_get_the_selection_scores_of_the_choice_and_of_the_untrained_model(ctx, tmp_path, monkeypatch):
+    from vlmflow.evaluation import run
+
+    asked = []
+    monkeypatch.setattr(run, "run", lambda _, ref, split: asked.append((ref.name, split)) or scores(ref.name, 0.1))
+    judged = ports.judged_scores(ctx, model("untrained"), ports.get_soup(soup_port(tmp_path)))
+    assert asked == [("untrained", "selection")], "the soup step has scored the others"
+    assert {name: score.mean for name, score in judged.items()} == {"untrained": 0.1, "soup-greedy": 0.5}
+    assert judged["soup-greedy"].model_sha == "greedy"
+
+
 def test_a_soup_with_a_candidates_weights_shares_its_group(ctx, tmp_path):
     first, model_p = stored(tmp_path, model("untrained")), stored(tmp_path, model("bootstrap"))
     groups = ports.lineup(ctx, first, model_p, trained(tmp_path), soup_port(tmp_path, "charts"), 100)

@@ -128,6 +128,21 @@ def test_a_complete_version_keeps_what_was_recorded_and_other_scores_make_anothe
     assert mlflow.get_model_version(made.name, made.version).tags["gate.absolute_floor"] == "pass"
 
 
+def test_gates_decide_by_the_selection_split_and_the_metrics_report_the_other(environment, tmp_path):
+    ctx = samples.context(tmp_path)
+    model = samples.published(ctx, tmp_path, b"sixth weights", key="sixth")
+    good = samples.score_table(model)
+    bad = {"untrained": samples.scores("0" * 64, 4), "greedy soup": samples.scores(model.weights_sha256, 6)}
+    for each in bad.values():
+        each.split = "selection"
+    made = registry.run(ctx, model, good, SOUP, {"sft": samples.manifest()}, bad)
+    assert made.gates["absolute_floor"] == made.gates["times_chance"] == "fail"
+    assert made.gate_split == "selection" and "digits 0.150 of 0.500" in made.gate_details["absolute_floor"]
+    assert tracking.client().get_run(made.run_id).data.metrics["digits/final"] == pytest.approx(0.8)
+    again = registry.run(ctx, model, good, SOUP, {"sft": samples.manifest()}, bad)
+    assert again == made
+
+
 def test_a_given_run_is_used(environment, tmp_path, monkeypatch):
     mlflow = tracking.client()
     given = mlflow.create_run(tracking.experiment(mlflow, "from-kubeflow")).info.run_id

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vlmflow import pages, storage
 from vlmflow.errors import DataError, RecipeError
-from vlmflow.registry.rows import UNTRAINED, soup_row
+from vlmflow.registry.rows import UNTRAINED, chosen_row, soup_row
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
@@ -267,6 +267,17 @@ def get_scores(ctx: Context, ports: list[Port]) -> dict[str, Scores]:
 
 def _soup_order(name: str) -> tuple[int, str]:
     return (SOUPS.index(name) if name in SOUPS else len(SOUPS), name)
+
+
+def judged_scores(ctx: Context, untrained: ModelRef, soup: SoupResult) -> dict[str, Scores]:
+    """Selection-split scores that the gates decide by: the chosen model's, which the soup step measured, and those of the
+    untrained model."""
+    from vlmflow.evaluation import run
+
+    return {
+        UNTRAINED: run.run(ctx, untrained, "selection"),
+        chosen_row(soup): soup.entries[soup.chosen].selection,
+    }
 
 
 def put_object(obj: Any, out: Port, page: Port, metrics: Port, title: str) -> None:

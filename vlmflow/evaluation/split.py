@@ -1,4 +1,4 @@
-"""Two disjoint halves of a benchmark: soups are chosen on `selection`; gates and the report are read from `report`.
+"""Two disjoint halves of a benchmark: soups and gates decide by `selection`, the report is read from `report`.
 
 POINTS selects its soup on the very benchmarks that it reports (points.md 0.5); here the reported questions never take
 part in a choice.

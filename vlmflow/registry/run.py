@@ -40,7 +40,8 @@ DIGEST_CHARACTERS = 36  # and of a dataset digest
 
 
 class Registered(BaseModel):
-    """A version in the registry. `gates` is name -> pass|fail, `url` the version's page, `source` where files lie."""
+    """A version in the registry. `gates` is name -> pass|fail, decided on split `gate_split`; `url` is the version's page,
+    `source` where its files lie."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -50,6 +51,7 @@ class Registered(BaseModel):
     source: str
     gates: dict[str, str]
     gate_details: dict[str, str]
+    gate_split: str = ""
 
 
 def run(
@@ -58,6 +60,7 @@ def run(
     scores: Mapping[str, Scores],
     soup: Any = None,
     datasets: Mapping[str, Manifest] | None = None,
+    judged: Mapping[str, Scores] | None = None,
 ) -> Registered:
     """Record a run and register the model as a version of `NAME-candidates`; the same input gives the same version.
 
@@ -66,6 +69,8 @@ def run(
         scores: row name -> scores on the report split; must hold a row for `model`, should hold one named "untrained".
         soup: result of the soup step (its `chosen` and `trace` are recorded), or None when one model was trained.
         datasets: manifests by name; all that the model's lineage names should be among them.
+        judged: row name -> scores on the selection split, by which the gates decide: the reported questions take part in
+            no choice, and a promotion is one. Same rows as `scores` needs; None = `scores`, for a model without a soup step.
 
     Raises:
         RegistryError: MLFLOW_TRACKING_URI unset, server unreachable or refusing.
@@ -79,8 +84,15 @@ def run(
     measured = [[row.row, row.benchmark, row.split, row.score, row.chance, row.n] for row in rows]
     key = digest({"weights": model.weights_sha256, "recipe": recipe_digest, "scores": measured})
     name = f"{spec.model}-candidates"
+    ruling = score_rows(judged) if judged else rows
     results = gates.evaluate(
-        rows, final, UNTRAINED, spec.gates, model, [each.digest for each in datasets.values()], recipe_digest
+        ruling,
+        final_row(judged or scores, model.weights_sha256, chosen_row(soup)),
+        UNTRAINED,
+        spec.gates,
+        model,
+        [each.digest for each in datasets.values()],
+        recipe_digest,
     )
     tags = _tags(ctx, model, soup, datasets, recipe_digest, key)
     tags.update(result.tag for result in results)
@@ -114,6 +126,7 @@ def run(
         url=f"{tracking.shown_uri()}/#/models/{name}/versions/{version}",
         gates={result.name: result.tag[1] for result in results},
         gate_details={result.name: result.detail for result in results},
+        gate_split=ruling[0].split if ruling else "",
     )  # fmt: skip
 
 
