@@ -286,7 +286,9 @@ def test_preflight_with_a_dead_table_server(ctx, monkeypatch):
 def test_preflight_does_not_reach_into_the_network_it_runs_in(ctx):
     """A recipe names addresses; the metadata service of a cloud is not one of them."""
     with pytest.raises(DataError, match=r"169\.254\.169\.254.*private network.*pull\.allow_hosts"):
-        preflight._table("data.web.sources.web.table", "http://169.254.169.254/latest/x.csv", ["127.0.0.1"])
+        preflight._table("evaluation.benchmarks.x.table", "http://169.254.169.254/latest/x.tsv", ["127.0.0.1"])
+    with pytest.raises(DataError, match=r"host 'example\.com' is not in pull\.allow_hosts"):  # as the pull would say
+        preflight._table("data.web.sources.web.table", "http://example.com/x.csv", ["127.0.0.1"])
 
 
 def test_preflight_shows_no_credentials(ctx, monkeypatch):

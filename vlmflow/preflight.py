@@ -12,6 +12,7 @@ import urllib.request
 from typing import TYPE_CHECKING
 
 from vlmflow import storage, web
+from vlmflow.curation.table import check_host
 from vlmflow.errors import DataError, NotFound, RecipeError, ServiceError
 from vlmflow.ports import DATASETS, STAGES
 
@@ -113,6 +114,8 @@ def _tables(ctx: Context) -> list[tuple[str, str]]:
 
 def _table(field: str, uri: str, allow_hosts: list[str]) -> None:
     if uri.startswith(web.SCHEMES):
+        if field.startswith("data."):
+            check_host(uri, frozenset(host.lower() for host in allow_hosts))
         try:
             with web.opener(allow_hosts).open(urllib.request.Request(uri, method="HEAD"), timeout=TIMEOUT):
                 return
