@@ -10,6 +10,7 @@ from components import IMAGE
 def register(
     recipe: Input[Artifact],
     model: Input[Model],
+    untrained: Input[Model],
     scores: Input[list[Artifact]],
     soup: Input[Artifact],
     seed: Input[Dataset],
@@ -27,5 +28,8 @@ def register(
         from vlmflow.registry import run as registry
 
         datasets = ports.get_manifests(seed=seed, web=web, sft=sft)
-        made = registry.run(ctx, ports.get_model(model), ports.get_scores(ctx, scores), ports.get_soup(soup), datasets)
+        searched = ports.get_soup(soup)
+        judged = ports.judged_scores(ctx, ports.get_model(untrained), searched)
+        scored = ports.get_scores(ctx, scores)
+        made = registry.run(ctx, ports.get_model(model), scored, searched, datasets, judged)
         ports.put_object(made, registered, page, metrics, title="Registered model")

@@ -16,6 +16,8 @@ CONFIG = {
     "captionUrl": "VLMFLOW_CAPTION_URL",
     "fuseUrl": "VLMFLOW_FUSE_URL",
 }
+# Kubeflow labels every pod of a run with its id; without it all runs would share one folder of timings and reports.
+RUN_LABEL = "metadata.labels['pipeline/runid']"
 # The secret that KFP itself keeps its object store's key pair in.
 STORE_SECRET = "mlpipeline-minio-artifact"
 STORE_KEYS = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
@@ -29,6 +31,7 @@ def _platform(task: PipelineTask) -> PipelineTask:
         kubernetes.use_config_map_as_env(task, CONFIG_MAP, {key: variable}, optional=True)
     kubernetes.use_secret_as_env(task, STORE_SECRET, STORE_KEYS, optional=True)
     kubernetes.use_secret_as_env(task, ENDPOINT_SECRET, ENDPOINT_KEYS, optional=True)
+    kubernetes.use_field_path_as_env(task, "VLMFLOW_RUN_ID", RUN_LABEL)
     kubernetes.set_security_context(task, run_as_non_root=True)
     # PyTorch's workers share memory through /dev/shm, 64 MiB in a plain container.
     kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory")

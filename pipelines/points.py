@@ -90,7 +90,9 @@ def points(recipe: str, overrides: list = [], soup_choice: str = "recipe", evalu
 
     final = {"soup": soups.outputs["result"], **data}
     chosen = soups.outputs["model"]
-    version = once(register(recipe=resolved, model=chosen, scores=table(), **final))
+    version = once(
+        register(recipe=resolved, model=chosen, untrained=untrained.outputs["model"], scores=table(), **final)
+    )
     directory = once(export(recipe=resolved, model=chosen, scores=table(), **final))
     once(
         report(

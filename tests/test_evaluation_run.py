@@ -214,6 +214,9 @@ def test_split_column() -> None:
 
 def test_chance_and_interval() -> None:
     assert chance([Question("1", "?", "a"), Question("2", "?", "b"), Question("3", "?", "b")], "reading") == 0.5
+    alike = [Question("1", "?", "Exit."), Question("2", "?", "exit"), Question("3", "?", '["b", "c"]')]
+    assert chance([*alike, Question("4", "?", '["c", "B"]')], "reading") == 0.5, "a guess is matched as a reply is"
+    assert chance([Question("1", "?", "?"), Question("2", "?", "!")], "reading") == 0.5
     low, high = wilson(8, 10)
     assert low == pytest.approx(0.4902, abs=1e-4) and high == pytest.approx(0.9433, abs=1e-4)
     assert wilson(0, 10) == (0.0, pytest.approx(0.2775, abs=1e-4)) and wilson(10, 10)[1] == 1.0

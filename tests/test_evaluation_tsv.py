@@ -13,10 +13,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmflow.errors import DataError, NotFound, Unreachable
+from vlmflow.errors import AccessDenied, DataError, NotFound, Unreachable
 from vlmflow.evaluation import prompts, table_file
 from vlmflow.evaluation.pictures import encode_image
 from vlmflow.evaluation.tsv import Question, Table, write_table
+
+HERE = ["127.0.0.1"]
 
 
 def picture(shade: int) -> Image.Image:
@@ -55,6 +57,14 @@ def test_equal_copies_of_an_image_belong_together(tmp_path: Path) -> None:
     rows = [{"index": i, "question": "?", "answer": "x", "image": m} for i, m in zip("abcde", images, strict=True)]
     write_table(tmp_path / "t.tsv", rows)
     assert [q.group for q in Table(tmp_path / "t.tsv", "reading")] == ["a", "b", "a", "b", "b"]
+
+
+def test_no_picture_of_a_row_is_on_the_other_side_of_the_split(tmp_path: Path) -> None:
+    """Also its second picture, one that is only referred to, and rows joined by a third."""
+    images = [picture(1), [picture(2), picture(1)], picture(3), picture(4), [picture(4), picture(3)], "d", picture(5)]
+    rows = [{"index": i, "question": "?", "answer": "x", "image": m} for i, m in zip("abcdefg", images, strict=True)]
+    write_table(tmp_path / "t.tsv", rows)
+    assert [q.group for q in Table(tmp_path / "t.tsv", "reading")] == ["a", "a", "c", "c", "c", "c", "g"]
 
 
 def test_equal_rows_equal_bytes(tmp_path: Path) -> None:
@@ -149,7 +159,7 @@ def test_enormous_image_is_not_decoded(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("vlmflow.evaluation.pictures.MAX_PIXELS", 60)
     write_table(tmp_path / "t.tsv", [row()])
     table = Table(tmp_path / "t.tsv", "multiple_choice")
-    with pytest.raises(DataError, match="9 x 7 = 63 pixels; at most 60"):
+    with pytest.raises(DataError, match="9x7 = 63 pixels, over the limit of 60"):
         table.images(table[0])
 
 
@@ -195,20 +205,22 @@ def test_table_over_http_follows_changes(tmp_path: Path, monkeypatch: pytest.Mon
     threading.Thread(target=server.serve_forever, daemon=True).start()
     uri = f"http://127.0.0.1:{server.server_port}/a.tsv"
     try:
-        assert table_file.local_table(uri, scratch).read_text() == "one"
+        assert table_file.local_table(uri, scratch, HERE).read_text() == "one"
         monkeypatch.setattr(table_file, "_fetched", {})  # a new process: the server says 304
-        assert table_file.local_table(uri, scratch).read_text() == "one"
+        assert table_file.local_table(uri, scratch, HERE).read_text() == "one"
         (served / "a.tsv").write_text("three")
         os.utime(served / "a.tsv", (2e9, 2e9))
         monkeypatch.setattr(table_file, "_fetched", {})
-        assert table_file.local_table(uri, scratch).read_text() == "three"
+        assert table_file.local_table(uri, scratch, HERE).read_text() == "three"
         with pytest.raises(NotFound, match="404"):
-            table_file.local_table(uri + ".gone", scratch)
+            table_file.local_table(uri + ".gone", scratch, HERE)
     finally:
         server.shutdown()
         server.server_close()
+    with pytest.raises(AccessDenied, match=r"127\.0\.0\.1 is 127\.0\.0\.1.*pull\.allow_hosts"):
+        table_file.local_table(uri + "?private", scratch)
     with pytest.raises(Unreachable, match="3 attempts"):
-        table_file.local_table(uri + "?other", scratch)
+        table_file.local_table(uri + "?other", scratch, HERE)
     assert table_file.local_table(str(served / "a.tsv"), scratch) == served / "a.tsv"
     with pytest.raises(NotFound, match=r"none\.tsv"):
         table_file.local_table(str(tmp_path / "none.tsv"), scratch)

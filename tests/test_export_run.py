@@ -70,7 +70,7 @@ def test_all_files_are_there_and_hashed(exported):
     assert names >= {
         "config.json", "model.safetensors", "generation_config.json", "processor_config.json", "tokenizer.json",
         "tokenizer_config.json", "chat_template.jinja", "README.md", "SHA256SUMS", "configuration_points.py",
-        "modeling_points.py", "processing_points.py", "catty.py",
+        "modeling_points.py", "processing_points.py", "catty.py", "rgb.py",
     }  # fmt: skip
     done = subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=local(exported), capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count(": OK") == len(names) - 1
@@ -106,6 +106,14 @@ def test_the_card_shows_scores_data_and_lineage(exported, trained):
 
 def test_a_second_run_finds_the_export_without_a_smoke_test(exported, trained, monkeypatch):
     ctx, model = trained
+    monkeypatch.setattr(smoke, "compare", lambda *_: pytest.fail("tested again"))
+    assert export.run(ctx, model, samples.score_table(model), soup_of(model), {"sft": samples.manifest()}) == exported
+
+
+def test_a_commit_makes_no_new_export(exported, trained, monkeypatch):
+    """The address follows the model and its card, not the checkout that exported it."""
+    ctx, model = trained
+    monkeypatch.setenv("VLMFLOW_CODE_VERSION", "0.1.0+another-commit")
     monkeypatch.setattr(smoke, "compare", lambda *_: pytest.fail("tested again"))
     assert export.run(ctx, model, samples.score_table(model), soup_of(model), {"sft": samples.manifest()}) == exported
 

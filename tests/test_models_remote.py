@@ -1,17 +1,14 @@
 """The model's files work as remote code: in a folder of their own, in a process that has no vlmflow."""
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from models_tiny import build, picture, tokenizer
 
-import vlmflow.models.points as points
+from vlmflow.export.folder import build as build_export
 from vlmflow.models.initial import save
-from vlmflow.vision import catty
 
 SCRIPT = """
 import json, sys
@@ -37,23 +34,11 @@ def test_files_work_alone(tmp_path):
     import numpy as np
 
     model = build(attention="sdpa")
+    save(model, tokenizer(), tmp_path / "model")
     folder = tmp_path / "export"
-    save(model, tokenizer(), folder)
-    source = Path(points.__file__).parent
-    for name in ("configuration_points", "modeling_points", "processing_points"):
-        text = (source / f"{name}.py").read_text()
-        (folder / f"{name}.py").write_text(text.replace("from vlmflow.vision.catty import", "from .catty import"))
-        assert "import vlmflow" not in text and text.count("from vlmflow") == (name == "processing_points")
-    (folder / "catty.py").write_text(Path(catty.__file__).read_text())
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {
-        "AutoConfig": "configuration_points.PointsConfig",
-        "AutoModelForImageTextToText": "modeling_points.PointsForConditionalGeneration",
-    }
-    (folder / "config.json").write_text(json.dumps(config))
-    processor = json.loads((folder / "processor_config.json").read_text())
-    processor["auto_map"] = {"AutoProcessor": "processing_points.PointsProcessor"}
-    (folder / "processor_config.json").write_text(json.dumps(processor))
+    build_export(tmp_path / "model", folder, "card", 10**9)
+    for path in folder.glob("*.py"):
+        assert "import vlmflow" not in path.read_text() and "from vlmflow" not in path.read_text()
     np.save(tmp_path / "pixels.npy", np.asarray(picture(1)))
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder), str(tmp_path / "pixels.npy"), str(tmp_path / "out.pt")],

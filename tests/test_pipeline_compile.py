@@ -176,6 +176,19 @@ def test_every_step_shows_something(package):
             assert "system.HTML" in kinds or label in silent, name
 
 
+def test_every_task_knows_its_run_and_the_services_a_recipe_may_name(package):
+    """A recipe that a laptop runs must run on a cluster: what its fields name is mounted, and runs stay apart."""
+    from vlmflow.recipe.data import CaptionSpec, FuseSpec
+
+    named = {getattr(spec(), field) for spec in (CaptionSpec, FuseSpec) for field in ("endpoint_env", "key_env")}
+    executors = package.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+    assert len(executors) == len(package.spec["deploymentSpec"]["executors"])
+    for name, settings in executors.items():
+        assert [e["name"] for e in settings["fieldPathAsEnv"]] == ["VLMFLOW_RUN_ID"], name
+        maps = [*settings["configMapAsEnv"], *settings["secretAsEnv"]]
+        assert named <= {pair["envVar"] for each in maps for pair in each["keyToEnv"]}, name
+
+
 def test_uncached_steps_exist(package):
     assert set(UNCACHED) <= {name.removeprefix("exec-") for name in package.spec["deploymentSpec"]["executors"]}
 

@@ -117,6 +117,17 @@ def test_every_model_is_evaluated_once_in_groups(ctx, tmp_path):
         assert all(group["models"] for group in groups)
 
 
+def test_gates_get_the_selection_scores_of_the_choice_and_of_the_untrained_model(ctx, tmp_path, monkeypatch):
+    from vlmflow.evaluation import run
+
+    asked = []
+    monkeypatch.setattr(run, "run", lambda _, ref, split: asked.append((ref.name, split)) or scores(ref.name, 0.1))
+    judged = ports.judged_scores(ctx, model("untrained"), ports.get_soup(soup_port(tmp_path)))
+    assert asked == [("untrained", "selection")], "the soup step has scored the others"
+    assert {name: score.mean for name, score in judged.items()} == {"untrained": 0.1, "soup-greedy": 0.5}
+    assert judged["soup-greedy"].model_sha == "greedy"
+
+
 def test_a_soup_with_a_candidates_weights_shares_its_group(ctx, tmp_path):
     first, model_p = stored(tmp_path, model("untrained")), stored(tmp_path, model("bootstrap"))
     groups = ports.lineup(ctx, first, model_p, trained(tmp_path), soup_port(tmp_path, "charts"), 100)
@@ -269,7 +280,26 @@ def test_preflight_without_mlflow(ctx, tmp_path, monkeypatch):
 
 def test_preflight_with_a_dead_table_server(ctx, monkeypatch):
     with pytest.raises(DataError, match=r"data\.seed\.sources\.captions\.table: http://127.0.0.1:1/x does not answer"):
-        preflight._table("data.seed.sources.captions.table", "http://127.0.0.1:1/x")
+        preflight._table("data.seed.sources.captions.table", "http://127.0.0.1:1/x", ["127.0.0.1"])
+
+
+def test_preflight_does_not_reach_into_the_network_it_runs_in(ctx):
+    """A recipe names addresses; the metadata service of a cloud is not one of them."""
+    with pytest.raises(DataError, match=r"169\.254\.169\.254.*private network.*pull\.allow_hosts"):
+        preflight._table("evaluation.benchmarks.x.table", "http://169.254.169.254/latest/x.tsv", ["127.0.0.1"])
+    with pytest.raises(DataError, match=r"host 'example\.com' is not in pull\.allow_hosts"):  # as the pull would say
+        preflight._table("data.web.sources.web.table", "http://example.com/x.csv", ["127.0.0.1"])
+
+
+def test_preflight_shows_no_credentials(ctx, monkeypatch):
+    monkeypatch.setattr(preflight, "_answers", lambda url, _: None)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow:5000")
+    monkeypatch.setenv("VLMFLOW_CAPTION_URL", "http://host/v1?key=secret")
+    caption = ctx.recipe.curation.caption.model_copy(update={"engine": "openai", "model_name": "m"})
+    curation = ctx.recipe.curation.model_copy(update={"caption": caption})
+    ctx.recipe = ctx.recipe.model_copy(update={"curation": curation})
+    rows = [*preflight._mlflow(ctx), *preflight._services(ctx)]
+    assert len(rows) == 2 and "secret" not in str(rows) and "http://mlflow:5000" in str(rows)
 
 
 def test_preflight_with_a_full_scratch_disk(ctx, monkeypatch):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import registry_samples as samples
 
 from vlmflow.errors import DataError
 from vlmflow.registry import gates
-from vlmflow.registry.rows import final_row, score_rows
+from vlmflow.registry.rows import chosen_row, final_row, score_rows
 
 
 @pytest.fixture
@@ -94,6 +95,17 @@ def test_scores_of_two_splits_do_not_share_a_table(model):
     table["untrained"].split = "selection"
     with pytest.raises(DataError, match="different splits"):
         score_rows(table)
+
+
+def test_the_choice_of_the_soup_step_is_found_among_equal_rows(model):
+    """A greedy soup of one candidate has that candidate's weights; `chosen` speaks of soups, rows of soup-NAME."""
+    one = samples.scores(model.weights_sha256, 32)
+    table = {"base": one, "soup-average": one, "soup-maximum": one, "soup-greedy": one}
+    soups = dict.fromkeys(("maximum", "average", "greedy"))
+    for chosen, row in (("average", "soup-average"), ("maximum", "soup-maximum"), ("base", "base")):
+        named = chosen_row(SimpleNamespace(chosen=chosen, soups=soups))
+        assert final_row(table, model.weights_sha256, named) == row
+    assert final_row(table, model.weights_sha256, chosen_row(None)) == "soup-greedy"
 
 
 def test_the_model_must_have_scores_of_its_own(model):

@@ -103,6 +103,46 @@ def test_a_kill_before_the_version_is_mended_without_a_second_run_or_model(envir
     assert made.gates["lineage_complete"] == "fail" and "datasets" in made.gate_details["lineage_complete"]
 
 
+def test_a_complete_version_keeps_what_was_recorded_and_other_scores_make_another(environment, tmp_path, monkeypatch):
+    """A rerun by newer code made nothing, so it must not sign; metrics and gates must be of the same scores."""
+    ctx = samples.context(tmp_path)
+    model = samples.published(ctx, tmp_path, b"fifth weights", key="fifth")
+    table, data = samples.score_table(model), {"sft": samples.manifest()}
+    mlflow = tracking.client()
+    from mlflow import MlflowClient
+
+    monkeypatch.setenv("VLMFLOW_CODE_VERSION", "first")
+    with monkeypatch.context() as patch:  # killed between the version and the end of its run
+        patch.setattr(MlflowClient, "set_terminated", lambda *a, **k: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            registry.run(ctx, model, table, SOUP, data)
+    monkeypatch.setenv("VLMFLOW_CODE_VERSION", "second")
+    made = registry.run(ctx, model, table, SOUP, data)
+    assert mlflow.get_model_version(made.name, made.version).tags["code.version"] == "first"
+    run = mlflow.get_run(made.run_id)
+    assert run.data.tags["code.version"] == "first" and run.info.status == "FINISHED"
+
+    worse = registry.run(ctx, model, {**table, "greedy soup": samples.scores(model.weights_sha256, 12)}, SOUP, data)
+    assert worse.version != made.version and worse.gates["absolute_floor"] == "fail"
+    assert mlflow.get_run(worse.run_id).data.metrics["digits/final"] == pytest.approx(0.3)
+    assert mlflow.get_model_version(made.name, made.version).tags["gate.absolute_floor"] == "pass"
+
+
+def test_gates_decide_by_the_selection_split_and_the_metrics_report_the_other(environment, tmp_path):
+    ctx = samples.context(tmp_path)
+    model = samples.published(ctx, tmp_path, b"sixth weights", key="sixth")
+    good = samples.score_table(model)
+    bad = {"untrained": samples.scores("0" * 64, 4), "greedy soup": samples.scores(model.weights_sha256, 6)}
+    for each in bad.values():
+        each.split = "selection"
+    made = registry.run(ctx, model, good, SOUP, {"sft": samples.manifest()}, bad)
+    assert made.gates["absolute_floor"] == made.gates["times_chance"] == "fail"
+    assert made.gate_split == "selection" and "digits 0.150 of 0.500" in made.gate_details["absolute_floor"]
+    assert tracking.client().get_run(made.run_id).data.metrics["digits/final"] == pytest.approx(0.8)
+    again = registry.run(ctx, model, good, SOUP, {"sft": samples.manifest()}, bad)
+    assert again == made
+
+
 def test_a_given_run_is_used(environment, tmp_path, monkeypatch):
     mlflow = tracking.client()
     given = mlflow.create_run(tracking.experiment(mlflow, "from-kubeflow")).info.run_id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -52,6 +53,20 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Any:
     yield made
     made.shutdown()
     made.server_close()
+
+
+def test_credentials_in_the_address_are_used_and_never_shown(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = f"127.0.0.1:{server.server_port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:se%20cret@{place}")
+    seen: list[str | None] = []
+    monkeypatch.setattr(
+        Handler, "do_GET", lambda self: (seen.append(self.headers["Authorization"]), self.send_error(500))
+    )
+    tracker, _ = log.tracker_from_environment("exp", "tiny-sft", "sft/", {}, {})
+    assert tracker is not None
+    tracker.close()
+    assert seen == ["Basic " + base64.b64encode(b"me:se cret").decode()]
+    assert place in tracker.problem and "cret" not in tracker.problem
 
 
 def tracked(path: Path) -> log.TrainLog:

@@ -223,11 +223,34 @@ def test_sigterm_then_the_step_again_publishes_the_same_model(place: Any, monkey
     assert same(load_file(storage.local_path(storage.join(ref.uri, "model.safetensors"))), place.weights)
     assert ref.lineage.ancestor == place.init.weights_sha256 and ref.lineage.parents == [place.init.weights_sha256]
     assert len(storage.read_bytes(ref.lineage.log_uri).splitlines()) == len(log_of(place.job))
-    assert storage.list_uris(storage.join(ctx.root, "checkpoints")) == []
+    checkpoints = storage.join(ctx.root, "checkpoints")
+    assert storage.list_uris(checkpoints) == []
+    stored = {i.uri.removeprefix(f"{ref.uri}/") for i in storage.list_uris(ref.uri)}
+    assert stored == {"model.json", *(f.path for f in ref.files)}, (
+        "a log in the model's folder would differ by candidate"
+    )
+    left_over = storage.join(checkpoints, ref.uri.rsplit("/", 1)[-1], "step-00000003", checkpoint.MARKER)
+    storage.write_bytes(left_over, b"{}")  # killed between publishing and clearing
 
     def never(*_: Any) -> None:
         raise AssertionError("trained twice")
 
     monkeypatch.setattr(training, "launch", never)
     again: ModelRef = training.run(ctx, "sft", place.init, {"seed": place.data})
+    assert storage.list_uris(checkpoints) == []
     assert again == ref == find(ctx, ref.uri.rsplit("/", 1)[-1])
+
+
+def test_a_start_with_equal_weights_but_another_tokenizer_or_config_is_another_training(place: Any) -> None:
+    """Random weights of one seed are equal under different tokenizers, tile limits and encoder weightings."""
+    spec = training.stage_of(world.recipe(), "sft")
+
+    def key(init: ModelRef) -> str:
+        return training.train_digest(spec, list(spec.data), init, {"seed": place.data}, "points", 5)
+
+    keys = {key(place.init)}
+    for name in ("config.json", "tokenizer.json"):
+        files = [f.model_copy(update={"sha256": "0" * 64}) if f.path == name else f for f in place.init.files]
+        keys.add(key(place.init.model_copy(update={"files": files})))
+    assert len(keys) == 3
+    assert key(place.init.model_copy(update={"uri": "file:///elsewhere", "name": "other"})) in keys

@@ -70,6 +70,11 @@ def test_epochs_weights_and_steps() -> None:
     assert make_plan(lengths([10] * 40), Budget(64, 8), 2, 0, epochs=5, max_steps=3).steps == 3
 
 
+def test_a_mixture_that_shows_nothing_says_so() -> None:
+    with pytest.raises(DataError, match=r"none of 2 usable samples.*sum to 0\.002.*Raise `weight`"):
+        make_plan(lengths([10, 10], weight=0.001), Budget(64, 8), 2, 0)
+
+
 def test_windows_keep_shards_together() -> None:
     data = lengths([10] * 120, shards=6)
     order = make_plan(data, Budget(10, 8), 1, 0, window=2, look_ahead=1).order

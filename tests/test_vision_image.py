@@ -1,5 +1,6 @@
 """Decoding of hostile and unusual image files."""
 
+import base64
 import io
 import struct
 import zlib
@@ -72,3 +73,32 @@ def test_bomb_is_refused_from_its_header():
 def test_broken_bytes_are_a_data_error(data):
     with pytest.raises(DataError, match="image"):
         decode(data)
+
+
+def test_curation_evaluation_and_export_see_what_training_sees():
+    """A rotated and a transparent picture: the decoders once gave several pictures of each."""
+    from vlmflow.curation.inputs import pictures
+    from vlmflow.dataset.sample import Sample
+    from vlmflow.evaluation.pictures import decode_image
+    from vlmflow.models.points.processing_points import _open
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rotated = Image.new("RGB", (8, 4), "white")
+    rotated.putpixel((0, 0), (0, 0, 0))
+    for data in (encode(rotated, "PNG", exif=exif), encode(Image.new("RGBA", (3, 2), (9, 9, 9, 0)))):
+        expected = np.asarray(decode(data))
+        (curated,) = pictures(Sample("k", {"images": [{}]}, (data,)))
+        assert np.array_equal(np.asarray(curated), expected)
+        assert np.array_equal(np.asarray(decode_image(base64.b64encode(data).decode(), "cell")), expected)
+        with Image.open(io.BytesIO(data)) as opened:  # as a stranger gives it to the exported processor
+            assert np.array_equal(np.asarray(_open(opened)), expected)
+
+
+def test_a_picture_that_the_pull_accepted_can_always_be_trained_on():
+    """Its default limit is not below what `pull.max_pixels` may allow."""
+    from vlmflow.curation.accept import accept
+
+    data = encode(Image.new("1", (10_000, 6_000)))
+    assert accept(data, 100_000_000).width == 10_000
+    assert decode(data).size == (10_000, 6_000)

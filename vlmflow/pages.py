@@ -69,12 +69,16 @@ def preview(ctx: Context, manifest: Manifest, layer: str | None) -> list[dict[st
     return rows
 
 
-def _thumbnail(data: bytes) -> Picture:
-    from PIL import Image
+def _thumbnail(data: bytes) -> str:
+    """A small picture; what does not decode is said so, because a page must not fail a finished step."""
+    from vlmflow.errors import DataError
+    from vlmflow.vision.image import decode
 
-    with Image.open(io.BytesIO(data)) as image:
-        small = image.convert("RGB")
-        small.thumbnail((THUMBNAIL, THUMBNAIL))
-        out = io.BytesIO()
-        small.save(out, "JPEG", quality=80)
+    try:
+        small = decode(data)
+    except DataError as error:
+        return f"cannot be shown: {error}"
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    out = io.BytesIO()
+    small.save(out, "JPEG", quality=80)
     return Picture("data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode())

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vlmflow import pages, storage
 from vlmflow.errors import DataError, RecipeError
+from vlmflow.registry.rows import UNTRAINED, chosen_row, soup_row
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 DATASETS = ("seed", "web", "sft")  # what the points pipeline carries
 STAGES = ("ocr", "align", "sft")
-SOUPS = ("soup-maximum", "soup-average", "soup-greedy")
+SOUPS = tuple(map(soup_row, ("maximum", "average", "greedy")))  # in the order of the score table
 
 
 class Port(Protocol):
@@ -220,11 +221,11 @@ def lineup(
     A soup of one candidate has that candidate's weights: both names get a row and share a group, where the second is
     answered from the first's finished scores.
     """
-    models = {"untrained": get_model(untrained)}
+    models = {UNTRAINED: get_model(untrained)}
     if ctx.recipe.bootstrap:
         models["bootstrap"] = get_model(bootstrap)
     models |= get_candidates(ctx, candidates)
-    models |= {f"soup-{name}": entry.ref for name, entry in get_soup(soup).soups.items()}
+    models |= {soup_row(name): entry.ref for name, entry in get_soup(soup).soups.items()}
     alike: dict[str, dict[str, str]] = {}
     for name, ref in models.items():
         alike.setdefault(ref.weights_sha256, {})[name] = ref.uri
@@ -259,13 +260,24 @@ def get_scores(ctx: Context, ports: list[Port]) -> dict[str, Scores]:
     from vlmflow.evaluation.scores import Scores
 
     found = {name: Scores.model_validate(s) for port in ports for name, s in storage.read_json(port.path).items()}
-    order = ["untrained", "bootstrap", *candidate_names(ctx)]
+    order = [UNTRAINED, "bootstrap", *candidate_names(ctx)]
     known = [name for name in order if name in found]
     return {name: found[name] for name in [*known, *sorted(set(found) - set(known), key=_soup_order)]}
 
 
 def _soup_order(name: str) -> tuple[int, str]:
     return (SOUPS.index(name) if name in SOUPS else len(SOUPS), name)
+
+
+def judged_scores(ctx: Context, untrained: ModelRef, soup: SoupResult) -> dict[str, Scores]:
+    """Selection-split scores that the gates decide by: the chosen model's, which the soup step measured, and those of the
+    untrained model."""
+    from vlmflow.evaluation import run
+
+    return {
+        UNTRAINED: run.run(ctx, untrained, "selection"),
+        chosen_row(soup): soup.entries[soup.chosen].selection,
+    }
 
 
 def put_object(obj: Any, out: Port, page: Port, metrics: Port, title: str) -> None:

@@ -11,7 +11,8 @@ import urllib.error
 import urllib.request
 from typing import TYPE_CHECKING
 
-from vlmflow import storage
+from vlmflow import storage, web
+from vlmflow.curation.table import check_host
 from vlmflow.errors import DataError, NotFound, RecipeError, ServiceError
 from vlmflow.ports import DATASETS, STAGES
 
@@ -107,16 +108,23 @@ def _tables(ctx: Context) -> list[tuple[str, str]]:
     }
     tables |= {f"evaluation.benchmarks.{name}.table": spec.table for name, spec in recipe.evaluation.benchmarks.items()}
     for field, uri in tables.items():
-        _table(field, uri)
+        _table(field, uri, recipe.pull.allow_hosts)
     return [("tables of the recipe exist", f"{len(tables)} tables")]
 
 
-def _table(field: str, uri: str) -> None:
-    if uri.startswith(("http://", "https://")):
+def _table(field: str, uri: str, allow_hosts: list[str]) -> None:
+    if uri.startswith(web.SCHEMES):
+        if field.startswith("data."):
+            check_host(uri, frozenset(host.lower() for host in allow_hosts))
         try:
-            with urllib.request.urlopen(urllib.request.Request(uri, method="HEAD"), timeout=TIMEOUT):
+            with web.opener(allow_hosts).open(urllib.request.Request(uri, method="HEAD"), timeout=TIMEOUT):
                 return
         except (urllib.error.URLError, OSError) as error:
+            if refused := web.forbidden(error):
+                raise DataError(
+                    f"{field}: {uri}: {refused}, an address of a private network; name the host in pull.allow_hosts "
+                    f"({allow_hosts}) if that is meant, or copy the table to the store."
+                ) from None
             raise DataError(
                 f"{field}: {uri} does not answer ({error}). Correct the address or start the server."
             ) from error
@@ -134,8 +142,8 @@ def _mlflow(ctx: Context) -> list[tuple[str, str]]:
             "Set it, or let `vlmflow run` start the local stack."
         )
     if uri.startswith(("http://", "https://")):
-        _answers(f"{uri.rstrip('/')}/health", "MLflow (MLFLOW_TRACKING_URI)")
-    return [("MLflow answers", uri)]
+        _answers(f"{web.without_credentials(uri).rstrip('/')}/health", "MLflow (MLFLOW_TRACKING_URI)")
+    return [("MLflow answers", web.without_credentials(uri))]
 
 
 def _services(ctx: Context) -> list[tuple[str, str]]:
@@ -149,7 +157,7 @@ def _services(ctx: Context) -> list[tuple[str, str]]:
                     f"curation.{name}.engine is 'openai', but {step.endpoint_env} is not set; it must hold the base URL of "
                     "an OpenAI-compatible endpoint."
                 )
-            rows.append((f"endpoint of {name}", url))
+            rows.append((f"endpoint of {name} is configured", step.endpoint_env))  # its address may hold a key
     return rows
 
 

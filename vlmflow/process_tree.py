@@ -20,7 +20,7 @@ def descendants(pid: int) -> list[int]:
     """Pids of all living processes below `pid`, parents before children."""
     children: dict[int, list[int]] = {}
     for entry in os.listdir("/proc"):
-        if entry.isdigit() and (fields := _stat(int(entry))) and fields[0] not in "ZX":
+        if entry.isdigit() and (fields := stat(int(entry))) and fields[0] not in "ZX":
             children.setdefault(int(fields[1]), []).append(int(entry))
     found, open_ = [], [pid]
     while open_:
@@ -32,10 +32,10 @@ def descendants(pid: int) -> list[int]:
 
 def stop(pids: list[int], grace: float) -> None:
     """SIGTERM, then SIGKILL to those that live after `grace` seconds. A pid that was given away meanwhile is spared."""
-    starts = {pid: fields[19] for pid in pids if (fields := _stat(pid))}
+    starts = {pid: fields[19] for pid in pids if (fields := stat(pid))}
 
     def alive() -> list[int]:
-        return [p for p, s in starts.items() if (f := _stat(p)) and f[19] == s and f[0] not in "ZX"]
+        return [p for p, s in starts.items() if (f := stat(p)) and f[19] == s and f[0] not in "ZX"]
 
     for number, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 5.0)):
         for pid in alive():
@@ -68,7 +68,7 @@ def die_with_parent() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _stat(pid: int) -> list[str] | None:
+def stat(pid: int) -> list[str] | None:
     """Fields of /proc/PID/stat from the state letter on: 0 state, 1 parent, 19 start time in ticks (proc(5))."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()

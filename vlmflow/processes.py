@@ -15,6 +15,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlmflow import process_tree
+
 STOP_SECONDS = 10.0
 POLL_SECONDS = 0.05
 
@@ -126,12 +128,8 @@ def _pids() -> list[int]:
 
 def _stat(pid: int) -> tuple[str, int] | None:
     """(state letter, start time in ticks) of a process, or None when there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = text[text.rindex(")") + 2 :].split()  # the name in brackets may hold spaces and brackets
-    return fields[0], int(fields[19])
+    fields = process_tree.stat(pid)
+    return (fields[0], int(fields[19])) if fields else None
 
 
 def _boot() -> str:

@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,6 @@ class Context:
     scratch: Path
     run_id: str = "local"
     step: str = ""
-    environment: dict[str, str] = field(default_factory=dict)
 
     def progress(self, label: str, total: int, unit: str = "items") -> Progress:
         """A progress counter; use it as a context manager."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tempfile
 from contextlib import suppress
 from pathlib import Path
@@ -135,38 +136,50 @@ def default_scratch() -> Path:
     return path
 
 
-def cached(uri: str, sha256: str | None = None, scratch: str | Path | None = None) -> Path:
+def cached(
+    uri: str, sha256: str | None = None, scratch: str | Path | None = None, belongs_to: str | None = None
+) -> Path:
     """A local path of an object: in place for ``file://``, else downloaded once into the scratch cache.
 
     Args:
-        sha256: expected content; a cached or stored copy that differs is refused.
+        sha256: expected content; a stored copy that differs is refused.
+        belongs_to: for objects without a recorded hash, the hash of what they describe: the same address may hold
+            another object in another store, or after its shard was pulled anew.
 
     Raises:
         DataError: the content does not have the expected hash (both are named).
     """
     path = local_path(uri)
-    fresh = path is not None
-    if path is None:
-        name = sha256 or digest(uri)
-        path = Path(scratch or default_scratch()) / "objects" / f"{name}-{uri.rsplit('/', 1)[-1]}"
+    if path is not None:
         if not path.exists():
-            get_file(uri, path)
-            fresh = True
-    elif not path.exists():
-        size(uri)  # raises the store's own NotFound
-    if sha256 and fresh and (found := sha256_file(path)) != sha256:
-        if local_path(uri) is None:
-            path.unlink(missing_ok=True)
+            size(uri)  # raises the store's own NotFound
+        _verify(uri, path, sha256)
+        return path
+    name = sha256 or digest([uri, belongs_to])
+    path = Path(scratch or default_scratch()) / "objects" / f"{name}-{uri.rsplit('/', 1)[-1]}"
+    if not path.exists():
+        # verified before it gets its name: a kill in between leaves nothing that would be trusted later
+        arriving = path.with_name(f".{secrets.token_hex(8)}.tmp")
+        try:
+            get_file(uri, arriving)
+            _verify(uri, arriving, sha256)
+            arriving.replace(path)
+        finally:
+            arriving.unlink(missing_ok=True)
+    return path
+
+
+def _verify(uri: str, path: Path, sha256: str | None) -> None:
+    if sha256 and (found := sha256_file(path)) != sha256:
         raise DataError(
             f"{uri} has sha256 {found[:16]}… but {sha256[:16]}… was recorded: the object was changed or cut after it "
             "was written. Delete it and run the step that made it again."
         )
-    return path
 
 
 def check(uri: str) -> None:
     """Write, read and delete a probe under ``uri``; raises the StorageError a real step would meet."""
-    probe = join(uri, ".vlmflow-probe")
+    probe = join(uri, f".vlmflow-probe-{secrets.token_hex(8)}")  # its own: another run may be checking too
     write_bytes(probe, b"probe")
     if read_bytes(probe) != b"probe":
         raise StorageError(f"{uri}: a probe object came back with other content than was written; the store is broken")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
-import threading
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +45,7 @@ def translated(uri: str):
 def write_atomically(path: Path, fill: Callable[[BinaryIO], object]) -> None:
     """Write through ``fill`` to a temporary neighbour, sync, rename; leaves nothing behind when it fails."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")  # pids repeat between pods on one volume
     try:
         with open(temporary, "wb") as file:
             fill(file)

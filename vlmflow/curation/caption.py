@@ -16,6 +16,7 @@ from vlmflow.curation.checks import is_refusal
 from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures, scorer
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError, RecipeError
+from vlmflow.models import store
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
@@ -24,14 +25,14 @@ if TYPE_CHECKING:
     from vlmflow.step import Context
 
 LAYER = "synthetic"
-VERSION = 1
+VERSION = 2  # 2: pictures upright and on white, as in training
 SCHEMA = {"text": "str", "finish": "str", "prompt_tokens": "int", "completion_tokens": "int"}
 
 
 def run(ctx: Context, manifest: Manifest, model: ModelRef | None = None) -> Manifest:
     """Add layer `synthetic`: text, finish (stop, length, ...), tokens used (endpoints only).
 
-    `model` is needed by engine "model"; its weights hash, the prompt and the length limit decide the layer's path.
+    `model` is needed by engine "model"; its files, the prompt and the length limit decide the layer's path.
 
     Raises:
         RecipeError: engine "model" without a model, or an endpoint variable that is not set.
@@ -46,7 +47,7 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef | None = None) -> Mani
             raise RecipeError(
                 "curation.caption.engine is 'model' but the step got no model; pass one or use engine openai"
             )
-        params["weights"] = model.weights_sha256
+        params |= {"weights": model.weights_sha256, "model": store.behaviour_digest(model.files)}
         vlm = Lazy(ctx, model)
 
         def compute(reader: ShardReader, _: Any) -> Iterator[dict[str, Any]]:
@@ -86,7 +87,7 @@ class Lazy:
     def __call__(self) -> Any:
         with self._lock:
             if self._vlm is None:
-                from vlmflow.models import inference, store
+                from vlmflow.models import inference
 
                 self._vlm = inference.load(store.fetch(self._model, self._ctx.scratch))
             return self._vlm

@@ -6,15 +6,14 @@ UPSTREAM, and does not count against this step's own failure limit.
 
 from __future__ import annotations
 
-import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmflow import storage
-from vlmflow.dataset.layer import failures
+from vlmflow.dataset.layer import failures, judge_failures
 from vlmflow.dataset.manifest import Manifest
-from vlmflow.errors import DataError, StepFailed
+from vlmflow.errors import DataError
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -67,22 +66,21 @@ def weighed(items: Iterable[T], weight: Callable[[T], int], size: int, budget: i
 
 
 def pictures(sample: Sample) -> list[Image]:
-    """The sample's pictures as RGB.
+    """The sample's pictures as RGB, upright, exactly as training decodes them.
 
     Raises:
         DataError: it has none, or one cannot be decoded. The message is the reason that goes into a layer.
     """
-    from PIL import Image, UnidentifiedImageError
+    from vlmflow.vision.image import decode
 
     if not sample.images:
         raise DataError("no image")
     out = []
     for data in sample.images:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                out.append(image.convert("RGB"))
-        except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError) as error:
-            raise DataError(f"image cannot be decoded ({type(error).__name__})") from error
+            out.append(decode(data))
+        except DataError as error:
+            raise DataError(f"image cannot be decoded ({type(error.__cause__ or error).__name__})") from error
     return out
 
 
@@ -108,13 +106,6 @@ def check_own_failures(manifest: Manifest, name: str, limit: float, scratch: Any
     """
     listed = list(failures(manifest, name, scratch))
     own = [(key, reason) for key, reason in listed if not reason.startswith(UPSTREAM)]
-    reached = manifest.samples - (len(listed) - len(own))
-    if own and len(own) / reached > limit:
-        common = Counter(reason for _, reason in own).most_common(3)
-        raise StepFailed(
-            f"step '{name}': {len(own)} of {reached} samples failed ({len(own) / reached:.1%}), the recipe allows {limit:.1%} "
-            f"(failure_limit). Commonest: {'; '.join(f'{n} x {reason}' for reason, n in common)}. "
-            f"First: sample {own[0][0]}. Mend the cause, or raise the limit if this loss is acceptable."
-        )
+    judge_failures(name, own, manifest.samples - (len(listed) - len(own)), limit)
     counts = Counter(reason for _, reason in listed)
     return [[reason, n] for reason, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]

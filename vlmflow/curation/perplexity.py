@@ -17,6 +17,7 @@ from vlmflow.curation.inputs import check_own_failures, picture_windows, picture
 from vlmflow.curation.prompts import scoring_prompt
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError
+from vlmflow.models import store
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from vlmflow.step import Context
 
 LAYER = "ppl"
-VERSION = 1
+VERSION = 2  # 2: pictures upright and on white, as in training
 SCHEMA = {"ppl": "float", "nll": "float", "tokens": "int"}
 DIGITS = 5  # significant digits kept of nll (nats, summed) and ppl
 Row = dict[str, Any]
@@ -41,7 +42,10 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef) -> Manifest:
     spec = ctx.recipe.curation.perplexity
     prompt = scoring_prompt(spec.text, spec.prompt)
     model = scorer(ctx, model) or model
-    params = {"text": spec.text, "prompt": prompt, "weights": model.weights_sha256, "digits": DIGITS}
+    params = {
+        "text": spec.text, "prompt": prompt, "weights": model.weights_sha256,
+        "model": store.behaviour_digest(model.files), "digits": DIGITS,
+    }  # fmt: skip
     vlm = Lazy(ctx, model)
 
     def compute(reader: ShardReader, upstream: dict[str, dict[str, Row]]) -> Iterator[Row]:

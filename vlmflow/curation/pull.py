@@ -83,7 +83,8 @@ def run(ctx: Context, dataset: str) -> Manifest:
 def _params(pull: Any, allow: frozenset[str]) -> dict[str, Any]:
     """The settings that decide which rows end as samples; speed settings (concurrency) are not among them."""
     names = ("max_bytes", "max_pixels", "timeout", "connect_timeout", "retries", "max_redirects", "samples_per_shard")
-    return {**{name: getattr(pull, name) for name in names}, "allow_hosts": sorted(allow)}
+    agent = pull.user_agent.split("/")[0].lower()  # X-Robots-Tag may speak to it by name
+    return {**{name: getattr(pull, name) for name in names}, "allow_hosts": sorted(allow), "agent": agent}
 
 
 def _limits(pull: Any, allow: frozenset[str]) -> Limits:

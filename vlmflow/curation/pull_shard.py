@@ -12,7 +12,7 @@ import io
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -70,7 +70,7 @@ class Result:
 
     def reader(self) -> ShardReader:
         """The shard's samples, wherever it lies."""
-        return ShardReader(str(self.local[-1][0]) if self.local else self.ref.uri)
+        return ShardReader(str(self.local[-1][0]) if self.local else self.ref)
 
 
 @dataclass
@@ -267,9 +267,3 @@ def _finished(uri: str, plan: Plan) -> Result | None:
     except NotFound:
         return None
     return Result(ref, about["rows"], failures, about["converted"], about["duplicates"])
-
-
-def iter_failures(shard_uris: list[str]) -> Iterator[dict[str, Any]]:
-    """Failed rows of several shards, for reports and for pulling only those again."""
-    for uri in shard_uris:
-        yield from read_failures(uri)[0]

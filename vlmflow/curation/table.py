@@ -73,12 +73,7 @@ def localize(uri: str, scratch: Path, allow_hosts: frozenset[str] = frozenset())
     if urlsplit(uri).scheme not in ("http", "https"):
         storage.get_file(uri, path)
         return path
-    host = (urlsplit(uri).hostname or "").lower()
-    if host not in allow_hosts:
-        raise DataError(
-            f"table {uri}: host '{host}' is not in pull.allow_hosts ({sorted(allow_hosts)}); a table decides what is "
-            "downloaded, so it must come from a named host. Add the host, or copy the table to the store."
-        )
+    check_host(uri, allow_hosts)
     import asyncio
 
     from vlmflow.curation.fetch import Fetcher, Limits
@@ -93,6 +88,16 @@ def localize(uri: str, scratch: Path, allow_hosts: frozenset[str] = frozenset())
         raise DataError(f"table {uri} could not be fetched: {found.reason} ({found.detail}){dead}")
     storage.write_bytes(str(path), found.data)
     return path
+
+
+def check_host(uri: str, allow_hosts: frozenset[str]) -> None:
+    """Refuse a table over HTTP from a host that the recipe does not name. Raises DataError."""
+    host = (urlsplit(uri).hostname or "").lower()
+    if host not in allow_hosts:
+        raise DataError(
+            f"table {uri}: host '{host}' is not in pull.allow_hosts ({sorted(allow_hosts)}); a table decides what is "
+            "downloaded, so it must come from a named host. Add the host, or copy the table to the store."
+        )
 
 
 def count_rows(path: Path) -> int:

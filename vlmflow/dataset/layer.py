@@ -247,13 +247,17 @@ def failures(manifest: Manifest, name: str, scratch: Any = None) -> Iterator[tup
 
 def check_failures(manifest: Manifest, name: str, limit: float, scratch: Any = None) -> None:
     """Raise StepFailed when the share of failed rows is above ``limit``, naming the commonest reasons."""
-    failed = sum(part.failed for part in manifest.layer(name).parts)
-    if not manifest.samples or failed / manifest.samples <= limit:
+    if sum(part.failed for part in manifest.layer(name).parts) > limit * manifest.samples:
+        judge_failures(name, list(failures(manifest, name, scratch)), manifest.samples, limit)
+
+
+def judge_failures(name: str, failed: list[tuple[str, str]], samples: int, limit: float) -> None:
+    """Raise StepFailed when the (key, reason) pairs are more than the share `limit` of `samples`."""
+    if not failed or len(failed) <= limit * samples:
         return
-    listed = list(failures(manifest, name, scratch))
-    reasons = Counter(reason for _, reason in listed).most_common(3)
+    reasons = Counter(reason for _, reason in failed).most_common(3)
     raise StepFailed(
-        f"step '{name}': {failed} of {manifest.samples} samples failed ({failed / manifest.samples:.1%}), the recipe allows "
+        f"step '{name}': {len(failed)} of {samples} samples failed ({len(failed) / samples:.1%}), the recipe allows "
         f"{limit:.1%} (failure_limit). Commonest: {'; '.join(f'{n} x {reason}' for reason, n in reasons)}. "
-        f"First: sample {listed[0][0]}. Mend the cause, or raise the limit if this loss is acceptable."
+        f"First: sample {failed[0][0]}. Mend the cause, or raise the limit if this loss is acceptable."
     )

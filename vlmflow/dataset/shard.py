@@ -102,7 +102,7 @@ class ShardReader:
         ref = shard if isinstance(shard, ShardRef) else None
         self.uri = ref.uri if ref else str(shard)
         self._sha256, self._scratch = ref.sha256 if ref else None, scratch
-        index = storage.cached(self.uri + INDEX_SUFFIX, None, scratch)
+        index = storage.cached(self.uri + INDEX_SUFFIX, None, scratch, belongs_to=self._sha256)
         self.index: dict[str, dict[str, list[int]]] = json.loads(index.read_bytes())
         if ref and len(self.index) != ref.samples:
             raise DataError(

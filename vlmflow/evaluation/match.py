@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from vlmflow.evaluation.numbers import number
@@ -262,10 +262,3 @@ def match_yes_no(reply: str, answer: str) -> Match:
     if len(found) == 1:
         return Match(found[0] == answer.strip().casefold(), found[0], "yesno.single")
     return Match(False, None, "yesno.conflict" if found else "yesno.unparsed")
-
-
-MATCHERS: dict[str, Callable[..., Match]] = {
-    "reading": match_reading,
-    "multiple_choice": match_choice,
-    "yes_no": match_yes_no,
-}

@@ -19,18 +19,17 @@ from vlmflow.digest import digest, sha256_file
 from vlmflow.errors import DataError, RecipeError
 from vlmflow.evaluation import prompts
 from vlmflow.evaluation.ask import Generates, ask
-from vlmflow.evaluation.match import MATCHER_VERSION
+from vlmflow.evaluation.match import MATCHER_VERSION, clean, normalise
 from vlmflow.evaluation.scores import BenchmarkScore, Scores, Split, wilson
 from vlmflow.evaluation.split import divide
-from vlmflow.evaluation.table_file import local_table
+from vlmflow.evaluation.table_file import table_of
 from vlmflow.evaluation.tsv import Question, Table
 from vlmflow.models import store
 
 if TYPE_CHECKING:
     from vlmflow.step import Context
 
-VERSION = 1  # of this file: what is stored and how it is counted
-BEHAVIOUR = (".json", ".jinja", ".txt", ".model", ".safetensors")  # model files that decide what a model says
+VERSION = 2  # of this file and of how pictures are decoded: what is stored and how it is counted
 CHUNK = 8  # batches whose images are held in memory at once
 
 
@@ -94,7 +93,7 @@ def _load(folder: Path) -> Generates:
 def _plan(ctx: Context, name: str, files: Sequence[store.FileRef], split: Split) -> _Plan:
     evaluation = ctx.recipe.evaluation
     spec = evaluation.benchmarks[name]
-    path = local_table(spec.table, ctx.scratch)
+    path = table_of(ctx, spec)
     sha256 = sha256_file(path)
     settings = {
         "kind": spec.kind,
@@ -106,8 +105,9 @@ def _plan(ctx: Context, name: str, files: Sequence[store.FileRef], split: Split)
         "selection_fraction": evaluation.selection_fraction,
         "seed": ctx.recipe.seed,
     }
-    model = sorted((f.path, f.sha256) for f in files if f.path.endswith(BEHAVIOUR))
-    key = digest([model, sha256, split, settings, MATCHER_VERSION, prompts.PROMPT_VERSION, VERSION])
+    key = digest(
+        [store.behaviour_digest(files), sha256, split, settings, MATCHER_VERSION, prompts.PROMPT_VERSION, VERSION]
+    )
     return _Plan(name, spec, path, sha256, settings, storage.join(ctx.root, "scores", key[:32]))
 
 
@@ -144,12 +144,12 @@ def _score(ctx: Context, plan: _Plan, vlm: Generates, split: Split) -> Benchmark
 
 def chance(questions: Sequence[Question], kind: str) -> float:
     """Expected accuracy of guessing: yes_no 1/2; multiple_choice the mean of 1 / options; reading 1 / distinct gold
-    answers of these questions (a guesser who knows the answers but not the images)."""
+    answers of these questions, compared as replies are (a guesser who knows the answers but not the images)."""
     if kind == "yes_no":
         return 0.5
     if kind == "multiple_choice":
         return sum(1 / len(q.options) for q in questions) / len(questions)
-    return 1 / len({q.answer for q in questions})
+    return 1 / len({frozenset(normalise(answer) or clean(answer) for answer in q.answers) for q in questions})
 
 
 def _categories(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, int]]:

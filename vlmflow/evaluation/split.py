@@ -1,4 +1,4 @@
-"""Two disjoint halves of a benchmark: soups are chosen on `selection`; gates and the report are read from `report`.
+"""Two disjoint halves of a benchmark: soups and gates decide by `selection`, the report is read from `report`.
 
 POINTS selects its soup on the very benchmarks that it reports (points.md 0.5); here the reported questions never take
 part in a choice.
@@ -24,7 +24,7 @@ def divide(
     When the `split` column says selection or report, it decides (then every row must say so). Other values of that
     column, like dev or test, mean something else in VLMEvalKit and are not used. Otherwise a row belongs to selection
     when a hash of (seed, index) falls below `selection_fraction`; rows that share an image share their side, by the
-    index of the first row that holds it, so no image is in both.
+    name of their group, so no image is in both.
 
     Raises DataError: a row without a side in such a column, or a side without rows; `where` names the table.
     """

@@ -8,23 +8,39 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
+import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-from vlmflow import storage
+from vlmflow import storage, web
 from vlmflow.digest import digest
-from vlmflow.errors import NotFound, StorageError, Unreachable
+from vlmflow.errors import AccessDenied, NotFound, StorageError, Unreachable
+from vlmflow.storage_file import write_atomically
+
+if TYPE_CHECKING:
+    from vlmflow.recipe.results import BenchmarkSpec
+    from vlmflow.step import Context
 
 TIMEOUT = 60.0  # seconds without a byte
 ATTEMPTS = 3
 _fetched: dict[tuple[str, str], Path] = {}  # (uri, scratch) of this process
 
 
-def local_table(uri: str, scratch: str | Path) -> Path:
-    """The path of the table on this machine. Raises NotFound, Unreachable or another StorageError naming the
-    address."""
+def table_of(ctx: Context, spec: BenchmarkSpec) -> Path:
+    """`local_table` of a benchmark, with the hosts that the recipe allows although their address is private."""
+    hosts = ctx.recipe.pull.allow_hosts if spec.table.startswith(web.SCHEMES) else ()
+    return local_table(spec.table, ctx.scratch, hosts)
+
+
+def local_table(uri: str, scratch: str | Path, allow_hosts: Iterable[str] = ()) -> Path:
+    """The path of the table on this machine.
+
+    Raises NotFound, Unreachable, AccessDenied (a private address that `allow_hosts` does not name) or another
+    StorageError naming the address.
+    """
     local = storage.local_path(uri)
     if local is not None:
         if not local.is_file():
@@ -34,15 +50,15 @@ def local_table(uri: str, scratch: str | Path) -> Path:
     if known not in _fetched or not _fetched[known].exists():
         path = Path(scratch) / "benchmarks" / f"{digest(uri)[:24]}.tsv"
         path.parent.mkdir(parents=True, exist_ok=True)
-        if uri.startswith(("http://", "https://")):
-            _download(uri, path)
+        if uri.startswith(web.SCHEMES):
+            _download(uri, path, allow_hosts)
         else:
             storage.get_file(uri, path)
         _fetched[known] = path
     return _fetched[known]
 
 
-def _download(uri: str, path: Path) -> None:
+def _download(uri: str, path: Path, allow_hosts: Iterable[str]) -> None:
     memory = path.with_suffix(".etag.json")
     try:
         headers = json.loads(memory.read_text()) if path.exists() else {}
@@ -51,7 +67,7 @@ def _download(uri: str, path: Path) -> None:
     for attempt in range(1, ATTEMPTS + 1):
         try:
             request = urllib.request.Request(uri, headers={"User-Agent": "vlmflow", **headers})
-            with urllib.request.urlopen(request, timeout=TIMEOUT) as reply:
+            with web.opener(allow_hosts).open(request, timeout=TIMEOUT) as reply:
                 _receive(reply, path, memory)
             return
         except urllib.error.HTTPError as e:
@@ -63,6 +79,11 @@ def _download(uri: str, path: Path) -> None:
             if e.code < 500 and e.code != 429:
                 raise StorageError(f"benchmark table {uri}: {problem}") from None
         except (OSError, http.client.HTTPException) as e:
+            if refused := web.forbidden(e):
+                raise AccessDenied(
+                    f"benchmark table {uri}: {refused}, an address of a private network, which a recipe may not read. Name "
+                    "the host in pull.allow_hosts if that is meant, or copy the table to the store."
+                ) from None
             problem = f"{type(e).__name__}: {e}"
         if attempt == ATTEMPTS:
             raise Unreachable(
@@ -73,17 +94,13 @@ def _download(uri: str, path: Path) -> None:
 
 def _receive(reply: http.client.HTTPResponse, path: Path, memory: Path) -> None:
     memory.unlink(missing_ok=True)  # it must never describe another body
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as f:
-            while block := reply.read(1 << 20):
-                f.write(block)
-            found = f.tell()
-        expected = reply.headers.get("Content-Length")
+
+    def fill(file: BinaryIO) -> None:
+        shutil.copyfileobj(reply, file, 1 << 20)
+        found, expected = file.tell(), reply.headers.get("Content-Length")
         if expected is not None and found != int(expected):
             raise OSError(f"{found} of {expected} bytes arrived")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    write_atomically(path, fill)
     pairs = (("If-None-Match", reply.headers.get("ETag")), ("If-Modified-Since", reply.headers.get("Last-Modified")))
     memory.write_text(json.dumps({name: value for name, value in pairs if value}))

@@ -13,33 +13,31 @@ from __future__ import annotations
 import ast
 import contextlib
 import csv
-import hashlib
 import io
 import json
-import os
 import string
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from vlmflow.errors import DataError
+from vlmflow.evaluation.groups import REFERENCE_CHARS, ImageGroups
 from vlmflow.evaluation.pictures import decode_image, encode_image
+from vlmflow.storage_file import write_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 KINDS = ("reading", "multiple_choice", "yes_no")
-REFERENCE_CHARS = 64  # VLMEvalKit: an image value this short is another row's index
 LETTERS = string.ascii_uppercase
 
 
 @dataclass(frozen=True)
 class Question:
     """One row without its pixels. `images` holds, per image, the index of the row that stores it and the place in that
-    row's list; `group` is the index of the first row that stores the question's first image (rows of one image, by
-    reference or as equal copies, belong together)."""
+    row's list; `group` names the rows that share a picture with this one (see groups)."""
 
     index: str
     question: str
@@ -109,19 +107,16 @@ def write_table(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> None:
     columns = [c for c in usual if c in names] + sorted(names - set(usual) - {"image"})
     columns += ["image"] if "image" in names else []
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "w", encoding="utf-8", newline="") as f:
-            writer = csv.writer(f, delimiter="\t", lineterminator="\n")
-            writer.writerow(columns)
-            for row in rows:
-                writer.writerow([_image_text(row.get(c, "")) if c == "image" else row.get(c, "") for c in columns])
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+
+    def fill(file: BinaryIO) -> None:
+        text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
+        writer = csv.writer(text, delimiter="\t", lineterminator="\n")
+        writer.writerow(columns)
+        for row in rows:
+            writer.writerow([_image_text(row.get(c, "")) if c == "image" else row.get(c, "") for c in columns])
+        text.detach()
+
+    write_atomically(path, fill)
 
 
 def _image_text(value: Any) -> str:
@@ -185,8 +180,7 @@ def _scan(path: Path, kind: str) -> tuple[list[str], list[Question], dict[str, t
         raise DataError(f"{path}: no such benchmark table")
     raw: list[tuple[dict[str, str], list[str]]] = []  # text columns; image references ("" = stored in this row)
     ranges: dict[str, tuple[int, int]] = {}
-    holders: dict[bytes, str] = {}  # hash of an image -> first row that stores it
-    groups: dict[str, str] = {}
+    groups = ImageGroups()
     with open(path, "rb") as f, _wide_fields():
         records = _Records(f, path)
         reader = csv.reader(iter(records), delimiter="\t", strict=True)
@@ -204,8 +198,7 @@ def _scan(path: Path, kind: str) -> tuple[list[str], list[Question], dict[str, t
                             f"(second time on line {records.lines}). Indices must be unique."
                         )
                     ranges[row["index"]] = (start, stop)
-                    image = hashlib.sha256(_first_image(row).encode()).digest()
-                    groups[row["index"]] = holders.setdefault(image, row["index"])
+                    groups.add(row["index"], _image_values(row["image"]) if "image" in row else [])
                     raw.append((row, _references(path, row)))
                 start = stop
         except csv.Error as e:
@@ -245,12 +238,6 @@ def _row(path: Path, columns: Sequence[str], cells: Sequence[str], line: int) ->
     return row
 
 
-def _first_image(row: Mapping[str, str]) -> str:
-    """What identifies the row's first image: its base64 text, or the row itself when it stores none."""
-    first = _image_values(row["image"])[0] if "image" in row else ""
-    return first if len(first) > REFERENCE_CHARS else f"row {row['index']}"
-
-
 def _references(path: Path, row: dict[str, str]) -> list[str]:
     """What each image of the row is: "" = stored here, otherwise another row's index. Drops the pixels from `row`."""
     if "image" not in row:
@@ -269,7 +256,7 @@ def _question(
     row: dict[str, str],
     refs: list[str],
     stored: Mapping[str, list[str]],
-    groups: Mapping[str, str],
+    groups: ImageGroups,
     kind: str,
 ) -> Question:
     index, images = row["index"], []
@@ -304,7 +291,7 @@ def _question(
         optional["l2-category"],
         optional["split"],
         tuple(images),
-        groups[images[0][0]] if images else index,
+        groups.of(index),
     )
 
 

@@ -1,7 +1,7 @@
 """The model card: what the model is, from what it was made, what it scored, and how to run it.
 
 Every number comes from manifests, recipe, soup and scores of this very model; there is no free text to fill in and
-nothing in it depends on clock or host, so the same model gives the same card.
+nothing in it depends on clock, host or checkout, so the same model gives the same card.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import vlmflow
 from vlmflow.registry.gates import of_row
 from vlmflow.registry.rows import ScoreRow
 
@@ -32,7 +33,6 @@ class CardInputs:
     rows: list[ScoreRow]
     final: str
     parameters: int
-    code_version: str
     datasets: Mapping[str, Manifest] = field(default_factory=dict)
     soup: dict[str, Any] = field(default_factory=dict)
 
@@ -221,7 +221,7 @@ def _identity(inputs: CardInputs) -> str:
         f"- parents: {', '.join(f'`{parent}`' for parent in lineage.parents) or 'none'}",
         f"- common ancestor: `{lineage.ancestor}`",
         f"- recipe: `{inputs.recipe_digest}`",
-        f"- vlmflow: {inputs.code_version}",
+        f"- vlmflow: {vlmflow.__version__}",
     ]
     return "\n".join(lines)
 

@@ -26,6 +26,7 @@ CODE: dict[str, dict[str, str]] = {
         "modeling_points.py": "models/points/modeling_points.py",
         "processing_points.py": "models/points/processing_points.py",
         "catty.py": "vision/catty.py",
+        "rgb.py": "vision/rgb.py",
     }
 }
 AUTO_MAP: dict[str, dict[str, str]] = {

@@ -6,9 +6,9 @@ and it only exists for a directory whose smoke test passed.
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,9 @@ from vlmflow import storage
 from vlmflow.digest import digest
 from vlmflow.export import card, folder, smoke
 from vlmflow.models import store
-from vlmflow.registry.rows import final_row, score_rows
-from vlmflow.registry.run import code_version, soup_summary
+from vlmflow.registry.rows import chosen_row, final_row, score_rows
+from vlmflow.registry.run import soup_summary
+from vlmflow.soup.tensors import open_weights
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
@@ -57,12 +58,12 @@ def run(
         DataError: no scores belong to the model's weights.
     """
     rows = score_rows(scores)
-    final = final_row(scores, model.weights_sha256, getattr(soup, "chosen", ""))
+    final = final_row(scores, model.weights_sha256, chosen_row(soup))
     source = store.fetch(model, ctx.scratch)
     text = card.render(
         card.CardInputs(
             recipe=ctx.recipe, recipe_digest=digest(ctx.recipe), model=model, rows=rows, final=final,
-            parameters=parameters(source), code_version=code_version(), datasets=dict(datasets or {}),
+            parameters=parameters(source), datasets=dict(datasets or {}),
             soup=soup_story(soup),
         )
     )  # fmt: skip
@@ -91,12 +92,12 @@ def questions(ctx: Context) -> list[smoke.Question]:
     """The first `export.examples` held-out questions, dealt from the benchmarks in turn; a drawn picture without any."""
     from vlmflow.evaluation import prompts
     from vlmflow.evaluation.split import divide
-    from vlmflow.evaluation.table_file import local_table
+    from vlmflow.evaluation.table_file import table_of
     from vlmflow.evaluation.tsv import Table
 
     spec, wanted, queues = ctx.recipe.evaluation, ctx.recipe.export.examples, []
     for name, benchmark in sorted(spec.benchmarks.items()):
-        table = Table(local_table(benchmark.table, ctx.scratch), benchmark.kind, name)
+        table = Table(table_of(ctx, benchmark), benchmark.kind, name)
         sides, _ = divide(table.questions, ctx.recipe.seed, spec.selection_fraction, str(table.path))
         queues.append([(table, benchmark, question) for question in sides["report"][:wanted]])
     found = []
@@ -111,17 +112,8 @@ def questions(ctx: Context) -> list[smoke.Question]:
 
 def parameters(source: Path) -> int:
     """Number of stored parameters, from the headers of the safetensors files (tied weights are stored once)."""
-    count = 0
-    for path in sorted(source.glob("*.safetensors")):
-        with open(path, "rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        for name, entry in header.items():
-            if name != "__metadata__":
-                size = 1
-                for side in entry["shape"]:
-                    size *= side
-                count += size
-    return count
+    with open_weights(source) as weights:
+        return sum(prod(tensor.shape) for tensor in weights.tensors.values())
 
 
 def soup_story(soup: Any) -> dict[str, Any]:

@@ -30,7 +30,6 @@ class Family:
         positions: ids -> position ids; 1-D [N] for ordinary RoPE.
         labels: (ids, mask) -> labels, -100 outside targets, not shifted; the first token is never a target.
         build: (recipe.model, tokenizer, seed) -> PreTrainedModel on the CPU.
-        load: folder -> PreTrainedModel.
         roles: role -> regexes of parameter names (re.match).
         unused: regexes of parameters that never get a gradient.
         numbered: role -> regex whose first group is the layer number.
@@ -133,7 +132,7 @@ def sequential_positions(ids: Sequence[int]) -> np.ndarray:
     return np.arange(len(ids), dtype=np.int64)
 
 
-def masked_labels(ids: Sequence[int], mask: Sequence[bool]) -> np.ndarray:
+def masked_labels(ids: Sequence[int] | np.ndarray, mask: Sequence[bool] | np.ndarray) -> np.ndarray:
     """ids where the mask holds, else -100; int64 [N], not shifted. The first token follows nothing: never a target."""
     labels = np.where(np.asarray(mask, dtype=bool), np.asarray(ids, dtype=np.int64), IGNORED)
     labels[:1] = IGNORED

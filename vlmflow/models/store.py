@@ -7,10 +7,11 @@ JSON and nothing else.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from vlmflow import storage
 from vlmflow.digest import digest, sha256_file
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from vlmflow.step import Context
 
 MARKER = "model.json"
+BEHAVIOUR = (".json", ".jinja", ".txt", ".model", ".safetensors")  # files that decide what a model says and learns
 
 
 class _Frozen(BaseModel):
@@ -32,6 +34,14 @@ class FileRef(_Frozen):
     path: str
     sha256: str
     bytes: int
+
+    @field_validator("path")
+    @classmethod
+    def _inside(cls, path: str) -> str:
+        """A reference is read from a store: it must not make a download write outside its folder."""
+        if not path or path.startswith("/") or "\\" in path or ".." in path.split("/"):
+            raise ValueError(f"'{path}' does not lie inside the model's folder")
+        return path
 
 
 class ModelLineage(_Frozen):
@@ -66,6 +76,15 @@ class ModelRef(_Frozen):
 def weights_digest(files: list[FileRef]) -> str:
     """Identity of the weights: digest over the hashes of all ``*.safetensors`` files."""
     return digest([[f.path, f.sha256] for f in sorted(files, key=lambda f: f.path) if f.path.endswith(".safetensors")])
+
+
+def behaviour_digest(files: Iterable[FileRef]) -> str:
+    """Identity of what a model does: weights, configuration, tokenizer, template, processor.
+
+    Weights alone do not tell: two random starts of one seed have equal weights under different tokenizers, tile limits
+    or encoder weightings, and train to different models.
+    """
+    return digest(sorted([f.path, f.sha256] for f in files if f.path.endswith(BEHAVIOUR)))
 
 
 def describe_files(folder: str | Path) -> list[FileRef]:
@@ -103,10 +122,10 @@ def find(ctx: Context, key: str) -> ModelRef | None:
 
 
 def fetch(ref: ModelRef, scratch: str | Path | None = None) -> Path:
-    """A local folder with the model; every file's hash is verified. Raises DataError for a changed file."""
+    """A local folder with the model; every file's hash is verified. Raises ModelError for a changed file."""
     if (local := storage.local_path(ref.uri)) is not None:
         for file in ref.files:
-            storage.cached(str(local / file.path), file.sha256)
+            _verify(ref, file, local / file.path)
         return local
     base = Path(scratch or storage.default_scratch()) / "models"
     folder = base / digest([f.model_dump() for f in ref.files])[:32]
@@ -116,13 +135,18 @@ def fetch(ref: ModelRef, scratch: str | Path | None = None) -> Path:
             target = folder / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
             storage.get_file(storage.join(ref.uri, file.path), target)
-            if (found := sha256_file(target)) != file.sha256:
-                raise ModelError(
-                    f"model '{ref.name}': {file.path} has sha256 {found[:16]}… but {file.sha256[:16]}… was recorded; the "
-                    f"stored copy at {ref.uri} was changed or cut. Delete its {MARKER} and run the step again."
-                )
+            _verify(ref, file, target)
         done.touch()
     return folder
+
+
+def _verify(ref: ModelRef, file: FileRef, path: Path) -> None:
+    found = sha256_file(path) if path.is_file() else "(there is no such file)"
+    if found != file.sha256:
+        raise ModelError(
+            f"model '{ref.name}': {file.path} has sha256 {found[:24]} but {file.sha256[:24]} was recorded; the stored copy at "
+            f"{ref.uri} was changed or cut. Delete its {MARKER} and run the step that made it again."
+        )
 
 
 def load_ref(path_or_uri: str | Path) -> ModelRef:

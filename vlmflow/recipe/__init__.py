@@ -48,7 +48,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
-        problems = [*self._dataset_problems(), *self._soup_problems(), *self._stage_problems()]
+        problems = [*self._dataset_problems(), *self._soup_problems(), *self._stage_problems(), *self._gate_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -83,7 +83,9 @@ class Recipe(Section):
             for source in sources or []:
                 if source not in known:
                     problems.append(f"{field}: dataset '{dataset}' has no source '{source}'; it has {sorted(known)}")
-        for field, _, use in self.uses():
+        for field, stage, use in self.uses():
+            if field.startswith("soup.") and stage and (problem := stage.misfit(use)):
+                problems.append(f"{field}.{problem}")
             if (
                 use.text in ("ocr", "synthetic", "fused")
                 and use.dataset in self.data
@@ -107,8 +109,15 @@ class Recipe(Section):
             problems.append(f"soup.stage: '{self.soup.stage}' is not a stage; stages are {list(self.stages)}")
         elif self.soup.stage != list(self.stages)[-1]:
             problems.append(f"soup.stage: '{self.soup.stage}' must be the last stage; the order is {list(self.stages)}")
-        if taken := sorted({"greedy", "average", "maximum"} & set(self.soup.candidates)):
+        soups = {"greedy", "average", "maximum"} | {n for n in self.soup.candidates if n.startswith("soup-")}
+        if taken := sorted(soups & set(self.soup.candidates)):
             problems.append(f"soup.candidates: {taken} name soups and cannot name candidates; choose other names")
+        others = {"untrained", "bootstrap", "chance", "final", *self.stages}
+        if taken := sorted(others & set(self.soup.candidates)):
+            problems.append(
+                f"soup.candidates: {taken} name other rows of the score table or stages, which they would replace; choose "
+                "other names"
+            )
         if self.soup.maximum > len(self.soup.candidates):
             problems.append(
                 f"soup.maximum: {self.soup.maximum} models are asked for, but there are {len(self.soup.candidates)} candidates"
@@ -133,6 +142,17 @@ class Recipe(Section):
         if "bootstrap" in self.stages:
             problems.append("stages.bootstrap: this name is reserved for the section 'bootstrap'")
         return problems
+
+    def _gate_problems(self) -> list[str]:
+        """A gate on a benchmark that is not there would fail only after the whole training."""
+        gates, known = self.registry.gates, sorted(self.evaluation.benchmarks)
+        named = [("floors", gates.floors), ("times_chance", gates.times_chance)]
+        return [
+            f"registry.gates.{field}.{name}: there is no benchmark '{name}'; evaluation.benchmarks has {known}"
+            for field, benchmarks in named
+            for name in benchmarks
+            if name not in self.evaluation.benchmarks
+        ]
 
 
 def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:

@@ -46,7 +46,7 @@ class BenchmarkSpec(Section):
 
 
 class EvaluationSpec(Section):
-    """Benchmarks. Soups are chosen on the selection split; gates and report read the other, the report split."""
+    """Benchmarks. Soups and gates decide by the selection split; the report reads the other, the report split."""
 
     benchmarks: dict[Name, BenchmarkSpec] = Field(default_factory=dict, description="benchmarks by name")
     selection_fraction: float = Field(
@@ -57,10 +57,10 @@ class EvaluationSpec(Section):
 
 
 class GatesSpec(Section):
-    """What a candidate must show to be promotable."""
+    """What a candidate must show to be promotable, on the selection split: reported questions take part in no choice."""
 
     floors: dict[Name, Share] = Field(
-        default_factory=dict, description="least accuracy (0 to 1) by benchmark, report split"
+        default_factory=dict, description="least accuracy (0 to 1) by benchmark, selection split"
     )
     times_chance: dict[Name, float] = Field(default_factory=dict, description="least multiple of chance by benchmark")
     beats_untrained: bool = Field(True, description="every benchmark's score must be above the untrained model's")

@@ -124,13 +124,15 @@ class StageSpec(Section):
     @model_validator(mode="after")
     def _instructed(self) -> StageSpec:
         for number, use in enumerate(self.data):
-            style = use.prompt or self.prompt
-            if style == "chat" and use.text != "conversations" and not self.instructions:
-                raise ValueError(
-                    f"instructions: data[{number}] learns '{use.text}' in chat style, which needs at least one to answer"
-                )
-            if style == "continuation" and use.text == "conversations":
-                raise ValueError(
-                    f"data[{number}].prompt: conversations can only be learned in chat style; use prompt: chat"
-                )
+            if problem := self.misfit(use):
+                raise ValueError(f"data[{number}].{problem}")
         return self
+
+    def misfit(self, use: DataUse) -> str | None:
+        """Why this stage cannot learn an ingredient, its own or a soup candidate's; None when it can."""
+        style = use.prompt or self.prompt
+        if style == "chat" and use.text != "conversations" and not self.instructions:
+            return f"text: '{use.text}' in chat style needs at least one of the stage's `instructions` to answer"
+        if style == "continuation" and use.text == "conversations":
+            return "prompt: conversations can only be learned in chat style; use prompt: chat"
+        return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vlmflow.errors import DataError
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vlmflow.evaluation.scores import Scores
 
 UNTRAINED = "untrained"  # name of the row of the randomly initialised or merely composed model
+SOUP = "soup-"  # the row of soup NAME is soup-NAME; candidates have rows of their own name
 
 
 @dataclass(frozen=True)
@@ -49,10 +50,22 @@ def score_rows(scores: Mapping[str, Scores]) -> list[ScoreRow]:
     ]  # fmt: skip
 
 
+def soup_row(soup: str) -> str:
+    """Row of a soup in a score table: "greedy" -> "soup-greedy"."""
+    return f"{SOUP}{soup}"
+
+
+def chosen_row(soup: Any) -> str:
+    """Row of what the soup step chose, a soup or a candidate; "" without a soup step."""
+    if soup is None:
+        return ""
+    return soup_row(soup.chosen) if soup.chosen in soup.soups else str(soup.chosen)
+
+
 def final_row(scores: Mapping[str, Scores], weights_sha256: str, chosen: str = "") -> str:
     """Name of the row that holds the scores of these weights. Raises DataError when there is none.
 
-    A soup of one ingredient has its candidate's weights, so several rows may match; `chosen` (the soup step's choice)
+    A soup of one ingredient has its candidate's weights, so several rows may match; `chosen` (see `chosen_row`)
     is taken if it is among them, else the last one.
     """
     found = [name for name, each in scores.items() if each.model_sha == weights_sha256]

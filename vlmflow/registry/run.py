@@ -5,8 +5,9 @@ Training writes NAME-candidates only; NAME belongs to the promoter (platform.md 
 the version is a LoggedModel that holds either the raw files or, when the model lies in S3, just its address: weights
 of tens of gigabytes are never copied through the tracking server.
 
-Everything is found again by one key (weights + recipe): a second call, or one after a kill, completes what is there
-and returns the same version.
+Everything is found again by one key (weights + recipe + scores): a second call, or one after a kill, completes what is
+there and returns the same version. A version that is complete keeps what was recorded with it; only the gates, which
+look at the stored files as they are now, are judged again.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 import vlmflow
 from vlmflow.digest import digest
 from vlmflow.registry import gates, tracking
-from vlmflow.registry.rows import UNTRAINED, ScoreRow, final_row, score_rows
+from vlmflow.registry.rows import UNTRAINED, ScoreRow, chosen_row, final_row, score_rows
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -39,7 +40,8 @@ DIGEST_CHARACTERS = 36  # and of a dataset digest
 
 
 class Registered(BaseModel):
-    """A version in the registry. `gates` is name -> pass|fail, `url` the version's page, `source` where files lie."""
+    """A version in the registry. `gates` is name -> pass|fail, decided on split `gate_split`; `url` is the version's page,
+    `source` where its files lie."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: str
@@ -49,6 +51,7 @@ class Registered(BaseModel):
     source: str
     gates: dict[str, str]
     gate_details: dict[str, str]
+    gate_split: str = ""
 
 
 def run(
@@ -57,6 +60,7 @@ def run(
     scores: Mapping[str, Scores],
     soup: Any = None,
     datasets: Mapping[str, Manifest] | None = None,
+    judged: Mapping[str, Scores] | None = None,
 ) -> Registered:
     """Record a run and register the model as a version of `NAME-candidates`; the same input gives the same version.
 
@@ -65,6 +69,8 @@ def run(
         scores: row name -> scores on the report split; must hold a row for `model`, should hold one named "untrained".
         soup: result of the soup step (its `chosen` and `trace` are recorded), or None when one model was trained.
         datasets: manifests by name; all that the model's lineage names should be among them.
+        judged: row name -> scores on the selection split, by which the gates decide: the reported questions take part in
+            no choice, and a promotion is one. Same rows as `scores` needs; None = `scores`, for a model without a soup step.
 
     Raises:
         RegistryError: MLFLOW_TRACKING_URI unset, server unreachable or refusing.
@@ -72,13 +78,21 @@ def run(
     """
     datasets = dict(datasets or {})
     rows = score_rows(scores)
-    final = final_row(scores, model.weights_sha256, getattr(soup, "chosen", ""))
+    final = final_row(scores, model.weights_sha256, chosen_row(soup))
     spec = ctx.recipe.registry
     recipe_digest = digest(ctx.recipe)
-    key = digest({"weights": model.weights_sha256, "recipe": recipe_digest})
+    measured = [[row.row, row.benchmark, row.split, row.score, row.chance, row.n] for row in rows]
+    key = digest({"weights": model.weights_sha256, "recipe": recipe_digest, "scores": measured})
     name = f"{spec.model}-candidates"
+    ruling = score_rows(judged) if judged else rows
     results = gates.evaluate(
-        rows, final, UNTRAINED, spec.gates, model, [each.digest for each in datasets.values()], recipe_digest
+        ruling,
+        final_row(judged or scores, model.weights_sha256, chosen_row(soup)),
+        UNTRAINED,
+        spec.gates,
+        model,
+        [each.digest for each in datasets.values()],
+        recipe_digest,
     )
     tags = _tags(ctx, model, soup, datasets, recipe_digest, key)
     tags.update(result.tag for result in results)
@@ -86,11 +100,11 @@ def run(
     mlflow = tracking.client()
     with tracking.translated(f"registering {name}"):
         experiment_id = tracking.experiment(mlflow, spec.experiment)
-        run_id = tracking.find_or_create_run(mlflow, experiment_id, key, f"{ctx.recipe.name}-{key[:8]}", tags)
-        experiment_id = str(mlflow.get_run(run_id).info.experiment_id)  # a given run may belong to another one
         _registered_model(mlflow, name)
         version = _find_version(mlflow, name, key)
         if version is None:
+            run_id = tracking.find_or_create_run(mlflow, experiment_id, key, f"{ctx.recipe.name}-{key[:8]}", tags)
+            experiment_id = str(mlflow.get_run(run_id).info.experiment_id)  # a given run may belong to another one
             _log_params(mlflow, run_id, ctx.recipe.model_dump(mode="json"))
             _log_datasets(mlflow, run_id, datasets)
             model_id, source = _logged_model(ctx, mlflow, model, experiment_id, run_id, tags, name)
@@ -99,18 +113,20 @@ def run(
             made = mlflow.create_model_version(
                 name, source, run_id=run_id, tags=tags, model_id=model_id, description=_description(rows, final)
             )
-            if not os.environ.get("MLFLOW_RUN_ID"):  # a given run is ended by whoever opened it
-                mlflow.set_terminated(run_id, "FINISHED")
             version, source = str(made.version), str(made.source)
         else:
             run_id, source, version = str(version.run_id), str(version.source), str(version.version)
-            for tag, value in tags.items():  # a gate's verdict follows the scores and files as they are now
-                mlflow.set_model_version_tag(name, version, tag, value)
+            for result in results:
+                mlflow.set_model_version_tag(name, version, *result.tag)
+        given = os.environ.get("MLFLOW_RUN_ID")  # a given run is ended by whoever opened it
+        if not given and mlflow.get_run(run_id).info.status == "RUNNING":
+            mlflow.set_terminated(run_id, "FINISHED")
     return Registered(
         name=name, version=version, run_id=run_id, source=source,
-        url=f"{tracking.tracking_uri()}/#/models/{name}/versions/{version}",
+        url=f"{tracking.shown_uri()}/#/models/{name}/versions/{version}",
         gates={result.name: result.tag[1] for result in results},
         gate_details={result.name: result.detail for result in results},
+        gate_split=ruling[0].split if ruling else "",
     )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.errors import RegistryError
+from vlmflow.web import without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,6 +35,11 @@ def tracking_uri() -> str:
     return uri.rstrip("/")
 
 
+def shown_uri() -> str:
+    """The server's address as it may stand in messages and artifacts: without user name and password."""
+    return without_credentials(tracking_uri())
+
+
 def client() -> MlflowClient:
     """A client of the server that MLFLOW_TRACKING_URI names, after one quick look whether anybody answers.
 
@@ -41,7 +47,7 @@ def client() -> MlflowClient:
     """
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
-        _check_answers(uri)
+        _check_answers(without_credentials(uri).rstrip("/"))
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"),  # the default of 7 waits minutes for a dead server
@@ -92,7 +98,7 @@ def translated(doing: str) -> Iterator[None]:
         yield
     except (MlflowException, RequestException) as error:
         text = str(error).strip().splitlines()[0][:500] if str(error).strip() else type(error).__name__
-        raise RegistryError(f"MLflow at {tracking_uri()} failed while {doing}: {text}") from error
+        raise RegistryError(f"MLflow at {shown_uri()} failed while {doing}: {text}") from error
 
 
 def experiment(mlflow: MlflowClient, name: str) -> str:

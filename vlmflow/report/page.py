@@ -20,6 +20,7 @@ from vlmflow.dataset.manifest import Manifest
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import ShardReader
 from vlmflow.errors import VlmflowError
+from vlmflow.registry.rows import SOUP, UNTRAINED, soup_row
 from vlmflow.report.html import Safe, el
 from vlmflow.report.inputs import ReportInputs, Timing
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 SAMPLE_LIMIT = 20_000
 THUMB = 300  # longest side in pixels of an embedded picture, shown at half of that
 CURATED = ("ocr", "synthetic", "fused", "ppl", "keep")
-UNTRAINED, MODEL_P = "untrained", "bootstrap"
+MODEL_P = "bootstrap"
 
 
 @dataclass
@@ -128,12 +129,12 @@ class Page:
         name = (self.inputs.soup or {}).get("chosen")
         if name is None:
             return None
-        return next((row for row in (f"soup-{name}", name) if row in self.inputs.scores), name)
+        return next((row for row in (soup_row(name), name) if row in self.inputs.scores), name)
 
     def order(self) -> list[str]:
         """Rows of the score table: untrained, model P, the candidates, the soups, then whatever else was scored."""
         candidates = [*((self.inputs.soup or {}).get("candidates") or {})]
-        soups = [name for name in self.inputs.scores if name.startswith("soup-")]
+        soups = [name for name in self.inputs.scores if name.startswith(SOUP)]
         wanted = [UNTRAINED, MODEL_P, *candidates, *[n for n in self.inputs.scores if n not in soups], *soups]
         return list(dict.fromkeys(wanted))
 
@@ -147,8 +148,8 @@ class Page:
         }
         if model in known:
             return known[model]
-        if model.startswith("soup-"):
-            return f"{model.removeprefix('soup-')} soup"
+        if model.startswith(SOUP):
+            return f"{model.removeprefix(SOUP)} soup"
         return f"candidate {model}" if model in ((self.inputs.soup or {}).get("candidates") or {}) else model
 
     @property

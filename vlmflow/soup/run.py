@@ -90,7 +90,7 @@ class _Kitchen:
 
     def __init__(self, ctx: Context, stage: str, candidates: Mapping[str, ModelRef]) -> None:
         self.ctx, self.stage, self.candidates = ctx, stage, candidates
-        self.identity = {name: digest(sorted((f.path, f.sha256) for f in c.files)) for name, c in candidates.items()}
+        self.identity = {name: store.behaviour_digest(c.files) for name, c in candidates.items()}
         self.settings = evaluation.settings_digest(ctx, "selection")
         self._folders: dict[str, Path] = {}
 

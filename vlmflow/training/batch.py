@@ -14,15 +14,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-IGNORE = -100
-
-
-def labels_of(ids: NDArray[np.int32], target: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Targets of one segment: the token where ``target`` is set, else -100; the first token is never a target."""
-    labels = np.where(target, ids, IGNORE).astype(np.int64)
-    labels[:1] = IGNORE
-    return labels
-
 
 def pack(
     segments: Sequence[tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]],

@@ -25,7 +25,7 @@ from vlmflow.dataset.manifest import Manifest, ShardRef
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import ShardReader
 from vlmflow.errors import DataError, StepFailed, VlmflowError
-from vlmflow.training.batch import IGNORE, labels_of
+from vlmflow.models.family import IGNORED, masked_labels
 from vlmflow.training.plan import Lengths
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class Examples:
     def labels(self, number: int) -> np.ndarray:
         """Unshifted labels of an example, int64 [n], -100 outside targets."""
         a, b = self.arrays["start"][number], self.arrays["start"][number + 1]
-        return labels_of(self.arrays["ids"][a:b], self.arrays["target"][a:b])
+        return masked_labels(self.arrays["ids"][a:b], self.arrays["target"][a:b])
 
     def tiles(self, number: int) -> list[int]:
         """Tiles of each image of an example."""
@@ -144,7 +144,6 @@ def prepare(
     encode: Callable[[list[Segment], list[dict[str, Any]]], Encoded],
     seed: int,
     scratch: Path,
-    progress: Any = None,
 ) -> Examples:
     """Encode the mixture of a stage into ``folder``; an earlier finished result there is used as it is.
 
@@ -161,7 +160,7 @@ def prepare(
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir(parents=True)
         try:
-            _build(building, uses, stage, encode, seed, scratch, progress)
+            _build(building, uses, stage, encode, seed, scratch)
             shutil.rmtree(folder, ignore_errors=True)
             os.replace(building, folder)
         finally:
@@ -213,9 +212,7 @@ class _Sink:
             np.save(self.folder / f"{name}.npy", np.asarray(getattr(self, name), dtype=kind), allow_pickle=False)
 
 
-def _build(
-    folder: Path, uses: list, stage: StageSpec, encode: Callable, seed: int, scratch: Path, progress: Any
-) -> None:
+def _build(folder: Path, uses: list, stage: StageSpec, encode: Callable, seed: int, scratch: Path) -> None:
     sink, shards = _Sink(folder), []
     reasons: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -226,8 +223,6 @@ def _build(
             shards.append((shard, manifest.name))
             reader = ShardReader(shard, scratch)
             for row_number, key, meta, row in _rows(reader, chosen, number, use, scratch):
-                if progress is not None:
-                    progress.advance()
                 if meta is None:
                     filtered += 1
                     continue
@@ -235,7 +230,7 @@ def _build(
                 try:
                     segments = segments_of(Sample(key, meta), row, use, stage, seed)
                     example = encode(segments, meta.get("images", []))
-                    if not np.any(labels_of(np.asarray(example.ids), np.asarray(example.target)) != IGNORE):
+                    if not np.any(masked_labels(example.ids, example.target) != IGNORED):
                         raise Unusable("no target token")
                 except (Unusable, VlmflowError) as problem:
                     if isinstance(problem, NoText):

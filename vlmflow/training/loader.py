@@ -21,7 +21,8 @@ import numpy as np
 
 from vlmflow.dataset.shard import ShardReader
 from vlmflow.errors import DataError
-from vlmflow.training.batch import IGNORE, pack
+from vlmflow.models.family import IGNORED
+from vlmflow.training.batch import pack
 from vlmflow.training.examples import Examples
 from vlmflow.training.plan import Plan
 
@@ -118,7 +119,7 @@ class Loader:
             tokens += len(ids)
         if not tiles:
             ids = self.dummy
-            segments.append((ids, self.positions(ids), np.full(len(ids), IGNORE, dtype=np.int64)))
+            segments.append((ids, self.positions(ids), np.full(len(ids), IGNORED, dtype=np.int64)))
             tiles.append(np.zeros((1, self.side, self.side, 3), dtype=np.uint8))
         return Micro(pack(segments, tiles), keys, tokens, images)
 

@@ -17,7 +17,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, unquote, urlsplit
+
+from vlmflow.web import without_credentials
 
 BATCH = 900  # MLflow takes 1000 metrics a request
 INTERVAL = 2.0  # seconds between requests
@@ -103,7 +105,8 @@ class Tracker:
         tags: dict[str, str],
         params: dict[str, str],
     ) -> None:
-        self.uri, self.run_id, self.prefix = uri.rstrip("/"), run_id, prefix
+        self.uri, self.run_id, self.prefix = without_credentials(uri).rstrip("/"), run_id, prefix
+        self._given = urlsplit(uri)
         self.experiment, self.name, self.tags, self.params = experiment, name, tags, params
         self.problem = ""
         self._owns, self._status = not os.environ.get("MLFLOW_RUN_ID"), "FINISHED"
@@ -188,8 +191,11 @@ class Tracker:
         request = urllib.request.Request(f"{self.uri}/api/2.0/mlflow/{path}", data, method=method)
         request.add_header("Content-Type", "application/json")
         user, token = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_TOKEN")
+        password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
+        if not user and self._given.username:  # the address carries them
+            user, password = unquote(self._given.username), unquote(self._given.password or "")
         if user:
-            secret = f"{user}:{os.environ.get('MLFLOW_TRACKING_PASSWORD', '')}"
+            secret = f"{user}:{password or ''}"
             request.add_header("Authorization", "Basic " + base64.b64encode(secret.encode()).decode())
         elif token:
             request.add_header("Authorization", f"Bearer {token}")
@@ -208,6 +214,9 @@ def tracker_from_environment(
     if not uri:
         return None, ""
     if not uri.startswith(("http://", "https://")):
-        return None, f"MLFLOW_TRACKING_URI '{uri}' is not http(s)://; training metrics stay in train_log.jsonl only"
+        return (
+            None,
+            f"MLFLOW_TRACKING_URI '{without_credentials(uri)}' is not http(s)://; training metrics stay in train_log.jsonl only",
+        )
     run_id = os.environ.get("MLFLOW_RUN_ID") or earlier
     return Tracker(uri, run_id, os.environ.get("MLFLOW_EXPERIMENT_NAME") or experiment, name, prefix, tags, params), ""

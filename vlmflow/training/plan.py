@@ -182,6 +182,12 @@ def make_plan(
         if wanted is not None and len(bins) >= wanted:
             break
     bins += [b.samples for b in opened]
+    if not bins:
+        raise DataError(
+            f"none of {int(usable.sum())} usable samples is shown in {epochs:g} epochs: their weights (passes an epoch) sum to "
+            f"{float(lengths.weight[usable].sum()):.3g}, and chance left all of them out. Raise `weight` in the stage's data, or "
+            "`epochs`."
+        )
     if wanted is not None:
         bins = bins[:wanted]
     return _seal(bins, lengths, budget, packs, dropped)

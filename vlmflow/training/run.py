@@ -58,7 +58,7 @@ def train_digest(
             "versions": [VERSION, examples.VERSION, plan.VERSION],
             "stage": stage.model_dump(mode="json", exclude=EXECUTION),
             "uses": [use.model_dump(mode="json") for use in uses],
-            "init": init.weights_sha256,
+            "init": store.behaviour_digest(init.files),
             "data": {name: datasets[name].digest for name in sorted({use.dataset for use in uses})},
             "family": family,
             "seed": seed,
@@ -87,6 +87,7 @@ def run(
         raise DataError(f"stage '{stage_name}' needs datasets {missing}; given were {sorted(datasets)}")
     key = train_digest(stage, uses, init, datasets, recipe.model.family, recipe.seed)
     if (found := store.find(ctx, key)) is not None:
+        checkpoint.clear(_checkpoints(ctx, key))  # left over when a run was killed right after it published
         return found
     label = stage_name if candidate is None else f"{stage_name}-{candidate}"
     job = _job(ctx, label, key, stage, uses, init, datasets)
@@ -97,6 +98,10 @@ def run(
     checkpoint.clear(job.checkpoints)
     shutil.rmtree(job.work, ignore_errors=True)
     return ref
+
+
+def _checkpoints(ctx: Context, key: str) -> str:
+    return storage.join(ctx.root, "checkpoints", key)
 
 
 def _job(
@@ -118,7 +123,7 @@ def _job(
         seed=ctx.recipe.seed,
         work=str(work),
         scratch=str(Path(ctx.scratch).resolve()),
-        checkpoints=storage.join(ctx.root, "checkpoints", key),
+        checkpoints=_checkpoints(ctx, key),
         tracking={
             "experiment": ctx.recipe.registry.experiment,
             "name": f"{ctx.recipe.name}-{label}",
@@ -169,7 +174,7 @@ def _plan_text(event: dict[str, Any]) -> str:
 
 
 def _publish(ctx: Context, job: Job, init: ModelRef, datasets: dict[str, Manifest], table: dict[str, Any]) -> ModelRef:
-    uri = storage.join(ctx.root, "models", job.key)
+    uri = storage.join(ctx.root, "training", job.key)  # not among the model's files: it holds clock times
     log_uri = storage.join(uri, "train_log.jsonl")
     storage.put_file(job.log, log_uri)
     storage.write_json(storage.join(uri, "trainable.json"), table)

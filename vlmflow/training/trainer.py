@@ -19,7 +19,7 @@ from typing import Any
 from vlmflow.errors import StepFailed, VlmflowError
 from vlmflow.training.job import Job, emit
 
-NOT_COPIED = {"model.json", "model.safetensors.index.json", "train_log.jsonl", "trainable.json"}
+NOT_COPIED = {"model.json", "model.safetensors.index.json"}
 REPORT_EVERY = 0.3  # seconds between step events
 
 

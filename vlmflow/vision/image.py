@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import io
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from vlmflow.errors import DataError
+from vlmflow.vision.rgb import to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-DEFAULT_MAX_PIXELS = 50_000_000
+# Pillow's own hard limit. Images of shards met the recipe's limit (pull.max_pixels) when they were pulled; a lower one
+# here would let a training stop in the middle at a picture that the recipe allows.
+DEFAULT_MAX_PIXELS = 178_956_970
 
 
 def decode(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
@@ -31,12 +33,12 @@ def decode(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise DataError(
-                    f"the image declares {width}x{height} = {width * height} pixels, over the limit of {max_pixels} "
-                    "(pull.max_pixels); not decoded, because such files can exhaust memory"
+                    f"the image declares {width}x{height} = {width * height} pixels, over the limit of {max_pixels}; "
+                    "not decoded, because such files can exhaust memory"
                 )
             image.seek(0)
             image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))  # a copy, independent of the buffer
+            return to_rgb(image)  # a copy, independent of the buffer
     except DataError:
         raise
     except Exception as error:  # Pillow raises many kinds: OSError, SyntaxError, ValueError, struct.error, bombs
@@ -44,22 +46,3 @@ def decode(data: bytes, max_pixels: int = DEFAULT_MAX_PIXELS) -> Image.Image:
             f"cannot decode the image ({len(data)} bytes): {type(error).__name__}: {error}; "
             "the file is truncated, damaged or of an unknown format"
         ) from error
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    mode = image.mode
-    if mode == "RGB":
-        return image
-    if mode.startswith("I;16") or mode in ("I", "F"):
-        values = np.asarray(image, dtype=np.float64)
-        if mode == "F":
-            low, high = float(values.min()), float(values.max())
-            values = (values - low) / (high - low) * 255.0 if high > low else np.zeros_like(values)
-        elif mode != "I" or values.max() > 255:
-            values = values / 257.0  # 16 bits: 65535 -> 255
-        return Image.fromarray(np.clip(np.rint(values), 0, 255).astype(np.uint8)).convert("RGB")
-    if mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        background = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        return Image.alpha_composite(background, rgba).convert("RGB")
-    return image.convert("RGB")

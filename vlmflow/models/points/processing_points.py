@@ -13,6 +13,7 @@ from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
 from vlmflow.vision.catty import catty_tiles
+from vlmflow.vision.rgb import to_rgb
 
 
 class PointsProcessor(ProcessorMixin):
@@ -129,10 +130,10 @@ def _flatten(images: Any) -> list[Any]:
 
 def _open(image: Any) -> Image.Image:
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_rgb(image)
     if isinstance(image, str):
         with Image.open(image) as opened:
-            return opened.convert("RGB")
+            return to_rgb(opened)
     array = np.asarray(image)
     if array.ndim == 3 and array.shape[0] == 3 and array.shape[2] != 3:
         array = array.transpose(1, 2, 0)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import base64
-import csv
 import io
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 from vlmflow import storage
-from vlmflow.evaluation.table_file import local_table
+from vlmflow.errors import DataError
+from vlmflow.evaluation.table_file import table_of
+from vlmflow.evaluation.tsv import Table
 from vlmflow.report.html import Safe, absent, el, join, tag
 from vlmflow.report.page import READ_ERRORS, Page, thumbnail
 from vlmflow.report.sections.gallery import spread
@@ -75,19 +75,17 @@ def _pictures(page: Page, benchmark: str, wanted: set[str]) -> dict[str, bytes]:
     if spec is None:
         return {}
     try:
-        path = local_table(spec.table, page.ctx.scratch)
+        path = table_of(page.ctx, spec)
         if path.stat().st_size > TABLE_LIMIT:
             return {}
-        return _read(path, wanted)
+        table = Table(path, spec.kind, benchmark)
     except READ_ERRORS:
         return {}
-
-
-def _read(path: Path, wanted: set[str]) -> dict[str, bytes]:
     found = {}
-    csv.field_size_limit(1 << 30)
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            if row.get("index") in wanted and len(row.get("image") or "") > 64:
-                found[str(row["index"])] = base64.b64decode(row["image"])
+    for question in table:
+        if question.index in wanted and question.images:
+            buffer = io.BytesIO()
+            with suppress(DataError):  # shown as "picture not at hand"
+                table.images(question)[0].save(buffer, "PNG")
+                found[question.index] = buffer.getvalue()
     return found

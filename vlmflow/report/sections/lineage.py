@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from vlmflow.digest import digest
+from vlmflow.registry.rows import soup_row
 from vlmflow.report.html import Safe, absent, code, el, join, table
 from vlmflow.report.numbers import short, size
 from vlmflow.report.page import Page
@@ -32,7 +33,7 @@ def _models(page: Page) -> Safe:
     for name, entry in ((page.inputs.soup or {}).get("soups") or {}).items():
         ref = entry.get("ref", entry) if isinstance(entry, dict) else None
         if isinstance(ref, dict) and "weights_sha256" in ref:
-            refs.setdefault(f"soup-{name}", ref)
+            refs.setdefault(soup_row(name), ref)
     if not refs:
         return absent("No model was handed in.")
     names = {ref["weights_sha256"]: page.name(name) for name, ref in reversed(refs.items())}

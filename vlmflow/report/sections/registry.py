@@ -25,9 +25,11 @@ def _registered(found: dict[str, Any] | None) -> Safe:
     gates = found.get("gates") or {}
     details = found.get("gate_details") or {}
     verdicts = [[name.replace("_", " "), _mark(value), details.get(name, "")] for name, value in gates.items()]
+    split = found.get("gate_split")
+    asked = f"found and asked for ({split} split)" if split else "found and asked for"
     return join([
         facts(rows),
-        table(["gate", "verdict", "found and asked for"], verdicts) if verdicts else absent("No gate was evaluated."),
+        table(["gate", "verdict", asked], verdicts) if verdicts else absent("No gate was evaluated."),
     ])  # fmt: skip
 
 
