@@ -9,10 +9,12 @@ import os
 import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vlmflow import storage
-from vlmflow.errors import DataError, NotFound, RecipeError, ServiceError
+from vlmflow.errors import DataError, NotFound, RecipeError, ServiceError, VlmflowError
 from vlmflow.ports import DATASETS, STAGES
 
 if TYPE_CHECKING:
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 10.0  # seconds for one probe over HTTP
 LEAST_FREE_BYTES = 256 * 2**20
+OPENED_BYTES = 256 * 2**20  # a larger table is only looked for; the step that reads it checks its columns
 
 
 def resolve(source: str, overrides: list[str], soup_choice: str = "recipe") -> Recipe:
@@ -71,8 +74,8 @@ def check(ctx: Context) -> list[dict[str, str]]:
 
     Raises:
         StorageError: the store refuses, is full, or does not answer.
-        DataError: a table of the recipe does not exist.
-        ServiceError: MLflow or another service does not answer, or its address is not configured.
+        DataError: a table of the recipe does not exist, lacks a column, or a benchmark has a wrong row.
+        ServiceError: a server of tables, MLflow or another service does not answer, or its address is not configured.
     """
     rows = []
     with ctx.progress("preflight", 5, "checks") as progress:
@@ -99,29 +102,66 @@ def _scratch(ctx: Context) -> list[tuple[str, str]]:
 
 
 def _tables(ctx: Context) -> list[tuple[str, str]]:
+    from vlmflow.curation.pull import columns_of
+    from vlmflow.curation.table import check_columns, localize
+    from vlmflow.evaluation.table_file import local_table
+    from vlmflow.evaluation.tsv import Table
+
     recipe = ctx.recipe
-    tables = {
-        f"data.{dataset}.sources.{name}.table": source.table
-        for dataset, spec in recipe.data.items()
-        for name, source in spec.sources.items()
-    }
-    tables |= {f"evaluation.benchmarks.{name}.table": spec.table for name, spec in recipe.evaluation.benchmarks.items()}
-    for field, uri in tables.items():
-        _table(field, uri)
-    return [("tables of the recipe exist", f"{len(tables)} tables")]
+    allow = frozenset(host.lower() for host in recipe.pull.allow_hosts)
+    large = []
+    for dataset, spec in recipe.data.items():
+        for name, source in spec.sources.items():
+            field = f"data.{dataset}.sources.{name}"
+            if _size(f"{field}.table", source.table) > OPENED_BYTES:
+                large.append(source.table)
+                continue
+            with _named(f"{field}.table"):
+                path = localize(source.table, ctx.scratch, allow)
+            check_columns(path, columns_of(source), field, source.table)
+    for name, benchmark in recipe.evaluation.benchmarks.items():
+        field = f"evaluation.benchmarks.{name}.table"
+        if _size(field, benchmark.table) > OPENED_BYTES:
+            large.append(benchmark.table)
+            continue
+        with _named(f"{field}: {benchmark.table}"):
+            Table(local_table(benchmark.table, ctx.scratch), benchmark.kind, name)
+    count = sum(len(spec.sources) for spec in recipe.data.values()) + len(recipe.evaluation.benchmarks)
+    found = f"{count} tables"
+    if large:
+        found += f"; not opened, above {OPENED_BYTES // 2**20} MiB: {', '.join(large)}"
+    return [("tables of the recipe exist, with their columns and, of benchmarks, their rows", found)]
 
 
-def _table(field: str, uri: str) -> None:
+@contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Put the recipe's field before an error of the table that it names."""
+    try:
+        yield
+    except VlmflowError as error:
+        named = type(error)(f"{field}: {error}")
+        raise named from error
+
+
+def _size(field: str, uri: str) -> int:
+    """Bytes of a table (0 where a web server does not tell). Raises DataError or ServiceError when it is not there."""
     if uri.startswith(("http://", "https://")):
         try:
-            with urllib.request.urlopen(urllib.request.Request(uri, method="HEAD"), timeout=TIMEOUT):
-                return
-        except (urllib.error.URLError, OSError) as error:
+            with urllib.request.urlopen(urllib.request.Request(uri, method="HEAD"), timeout=TIMEOUT) as answer:
+                return int(answer.headers.get("Content-Length") or 0)
+        except urllib.error.HTTPError as error:
+            if error.code in (405, 501):  # a server that knows no HEAD; the GET will show what there is
+                return 0
             raise DataError(
-                f"{field}: {uri} does not answer ({error}). Correct the address or start the server."
+                f"{field}: the server answers {error.code} {error.reason} for {uri}. Correct the address or put the table there."
+            ) from error
+        except OSError as error:
+            raise ServiceError(
+                f"{field}: no server answers at {uri} ({getattr(error, 'reason', error)}); the steps would fail that need "
+                "the table. Start the server or correct the address, then run the same command again."
             ) from error
     try:
-        storage.size(uri)
+        return storage.size(uri)
     except NotFound as error:
         raise DataError(f"{field}: there is no table at {uri}. Correct the recipe or put the table there.") from error
 
@@ -165,5 +205,5 @@ def _answers(url: str, what: str) -> None:
         raise ServiceError(f"{what} at {url} answers with {error.code}; look at its log.") from error
     except (urllib.error.URLError, OSError) as error:
         raise ServiceError(
-            f"{what} does not answer at {url}: {error}. Start it (`vlmflow up`) or correct the address."
+            f"{what} does not answer at {url}: {getattr(error, 'reason', error)}. Start it (`vlmflow up`) or correct the address."
         ) from error

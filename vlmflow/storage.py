@@ -135,11 +135,12 @@ def default_scratch() -> Path:
     return path
 
 
-def cached(uri: str, sha256: str | None = None, scratch: str | Path | None = None) -> Path:
+def cached(uri: str, sha256: str | None = None, scratch: str | Path | None = None, version: str = "") -> Path:
     """A local path of an object: in place for ``file://``, else downloaded once into the scratch cache.
 
     Args:
         sha256: expected content; a cached or stored copy that differs is refused.
+        version: what else names the copy where no hash is known: an object that is made again is fetched again.
 
     Raises:
         DataError: the content does not have the expected hash (both are named).
@@ -147,7 +148,7 @@ def cached(uri: str, sha256: str | None = None, scratch: str | Path | None = Non
     path = local_path(uri)
     fresh = path is not None
     if path is None:
-        name = sha256 or digest(uri)
+        name = sha256 or digest([uri, version] if version else uri)
         path = Path(scratch or default_scratch()) / "objects" / f"{name}-{uri.rsplit('/', 1)[-1]}"
         if not path.exists():
             get_file(uri, path)

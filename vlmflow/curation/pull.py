@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.fetch import Fetcher, Limits, is_transient
 from vlmflow.curation.pull_shard import Plan, Result, ShardPuller
-from vlmflow.curation.table import Columns, Row, count_rows, localize, read_rows
+from vlmflow.curation.table import Columns, Row, check_columns, count_rows, localize, read_rows
 from vlmflow.dataset.manifest import Lineage, Manifest, save
 from vlmflow.digest import digest
 from vlmflow.errors import DataError, RecipeError, StepFailed
@@ -48,6 +48,8 @@ def run(ctx: Context, dataset: str) -> Manifest:
     sources = {name: ctx.recipe.data[dataset].sources[name] for name in sorted(ctx.recipe.data[dataset].sources)}
     allow = frozenset(host.lower() for host in pull.allow_hosts)
     paths = {name: localize(source.table, ctx.scratch, allow) for name, source in sources.items()}
+    for name, source in sources.items():  # all of them before anything is fetched
+        check_columns(paths[name], columns_of(source), f"data.{dataset}.sources.{name}", source.table)
     total = sum(count_rows(path) for path in paths.values())
     if not total:
         raise DataError(
@@ -61,7 +63,7 @@ def run(ctx: Context, dataset: str) -> Manifest:
     try:
         with ctx.progress(f"pull {dataset}", total, "rows") as progress:
             for name, source in sources.items():
-                rows = read_rows(paths[name], _columns(source), f"data.{dataset}.sources.{name}")
+                rows = read_rows(paths[name], columns_of(source), f"data.{dataset}.sources.{name}", source.table)
                 puller = ShardPuller(ctx.root, name, source.licence, pull.max_pixels, held, pull.failure_limit)
                 plans = _plans(rows, name, pull.samples_per_shard, {**params, "licence": source.licence})
                 asyncio.run(_pull(puller, plans, _limits(pull, allow), tally, progress, results))
@@ -99,7 +101,8 @@ def _limits(pull: Any, allow: frozenset[str]) -> Limits:
     )
 
 
-def _columns(source: Any) -> Columns:
+def columns_of(source: Any) -> Columns:
+    """Which columns a source of the recipe names; a text column that nobody named may be absent beside conversations."""
     unnamed = source.conversations_column is not None and "text_column" not in source.model_fields_set
     return Columns(source.url_column, source.text_column, source.conversations_column, source.id_column, unnamed)
 

@@ -27,7 +27,7 @@ from vlmflow.dataset.manifest import ShardRef
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import INDEX_SUFFIX, ShardReader, describe_shard, write_shard
 from vlmflow.digest import sha256_bytes
-from vlmflow.errors import NotFound
+from vlmflow.errors import DataError, NotFound
 
 COLUMNS = ("row", "key", "source", "url", "host", "reason", "detail")
 SPOOL = 64 << 10  # accepted images above this many bytes wait on disk for their shard, not in memory
@@ -257,14 +257,16 @@ def read_failures(shard_uri: str) -> tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 def _finished(uri: str, plan: Plan) -> Result | None:
-    """The shard of an earlier run if all of it is there, else None."""
+    """The shard of an earlier run if all of it is there and no file of it was cut, else None."""
+    import pyarrow as pa
+
     try:
         size = storage.size(uri)
         failures, about = read_failures(uri)
         ref = ShardRef.model_validate({**about["ref"], "uri": uri})
-        if size != ref.bytes or not storage.exists(uri + INDEX_SUFFIX):
+        if size != ref.bytes or len(storage.read_json(uri + INDEX_SUFFIX)) != ref.samples:
             return None
-    except NotFound:
+    except (NotFound, DataError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
     return Result(ref, about["rows"], failures, about["converted"], about["duplicates"])
 

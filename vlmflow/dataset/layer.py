@@ -74,7 +74,7 @@ def write_part(uri: str, rows: list[Row], schema: Mapping[str, str]) -> LayerPar
 
     table = pa.table({name: [cell(row, name) for row in rows] for name in arrow.names}, schema=arrow)
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
     data = buffer.getvalue()
     storage.write_bytes(uri, data)
     return LayerPart(uri=uri, sha256=sha256_bytes(data), rows=len(rows), failed=sum(bool(r.get("error")) for r in rows))
@@ -85,10 +85,10 @@ def _rows(data: bytes, uri: str) -> list[Row]:
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(io.BytesIO(data))
-    except pa.ArrowException as error:
+        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+    except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{uri}: {len(data)} bytes that are not Parquet ({error}); delete it and run the step again"
+            f"{uri}: {len(data)} bytes that are not whole Parquet ({error}); delete it and run the step again"
         ) from error
     kinds = json.loads((table.schema.metadata or {}).get(b"vlmflow.kinds", b"{}"))
     rows = table.to_pylist()

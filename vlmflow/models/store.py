@@ -7,6 +7,7 @@ JSON and nothing else.
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vlmflow import storage
 from vlmflow.digest import digest, sha256_file
-from vlmflow.errors import ModelError
+from vlmflow.errors import ModelError, NotFound
 
 if TYPE_CHECKING:
     from vlmflow.step import Context
@@ -103,10 +104,14 @@ def find(ctx: Context, key: str) -> ModelRef | None:
 
 
 def fetch(ref: ModelRef, scratch: str | Path | None = None) -> Path:
-    """A local folder with the model; every file's hash is verified. Raises DataError for a changed file."""
+    """A local folder with the model; every file's hash is verified.
+
+    Raises:
+        ModelError: a file is missing or was changed or cut, and how the model is made again.
+    """
     if (local := storage.local_path(ref.uri)) is not None:
         for file in ref.files:
-            storage.cached(str(local / file.path), file.sha256)
+            _verify(ref, file, local / file.path)
         return local
     base = Path(scratch or storage.default_scratch()) / "models"
     folder = base / digest([f.model_dump() for f in ref.files])[:32]
@@ -115,14 +120,25 @@ def fetch(ref: ModelRef, scratch: str | Path | None = None) -> Path:
         for file in ref.files:
             target = folder / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            storage.get_file(storage.join(ref.uri, file.path), target)
-            if (found := sha256_file(target)) != file.sha256:
-                raise ModelError(
-                    f"model '{ref.name}': {file.path} has sha256 {found[:16]}… but {file.sha256[:16]}… was recorded; the "
-                    f"stored copy at {ref.uri} was changed or cut. Delete its {MARKER} and run the step again."
-                )
+            with suppress(NotFound):  # said by the check
+                storage.get_file(storage.join(ref.uri, file.path), target)
+            _verify(ref, file, target)
         done.touch()
     return folder
+
+
+def _verify(ref: ModelRef, file: FileRef, path: Path) -> None:
+    if path.is_file() and (found := sha256_file(path)) == file.sha256:
+        return
+    size = path.stat().st_size if path.is_file() else 0
+    what = f"has {size} bytes and sha256 {found[:16]}…" if path.is_file() else "is missing"
+    if storage.local_path(ref.uri) is None:
+        path.unlink(missing_ok=True)  # our copy; the store's own file is left for its owner to look at
+    raise ModelError(
+        f"model '{ref.name}': {file.path} {what}, {file.bytes} bytes with sha256 {file.sha256[:16]}… were recorded: the copy in the "
+        f"store was changed or cut after it was written, and what it would say is not what was trained. Delete "
+        f"{storage.join(ref.uri, MARKER)} and run the same command again; step '{ref.lineage.step}' then makes it anew."
+    )
 
 
 def load_ref(path_or_uri: str | Path) -> ModelRef:
