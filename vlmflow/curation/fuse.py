@@ -55,8 +55,9 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
             "prompt": prompts.MERGE, "retry": prompts.RETRY,
         }  # fmt: skip
         endpoint = openai_client.Endpoint(
-            spec.endpoint_env, spec.key_env, str(spec.model_name), concurrency=spec.concurrency, seed=ctx.recipe.seed
-        )
+            spec.endpoint_env, spec.key_env, str(spec.model_name), concurrency=spec.concurrency, seed=ctx.recipe.seed,
+            passing_limit=spec.failure_limit,
+        )  # fmt: skip
     else:
         params |= {"max_words": MAX_WORDS}
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from vlmflow import storage
 from vlmflow.digest import sha256_bytes, sha256_file
-from vlmflow.errors import CheckpointError, VlmflowError
+from vlmflow.errors import CheckpointError, DataError, NotFound
 
 MARKER = "COMPLETE.json"
 WEIGHTS, MOMENTS, STATE, LOG = "model.safetensors", "optimizer.safetensors", "state.json", "train_log.jsonl"
@@ -119,6 +119,7 @@ def newest(base: str, plan: str, work: Path) -> tuple[Checkpoint | None, list[st
         plan: digest of the pack plan that the checkpoint must have been trained by.
 
     Raises:
+        StorageError: the store does not answer, or the disk of ``work`` is full: that says nothing of the checkpoint.
         CheckpointError: a complete checkpoint belongs to another plan, so its step number means something else.
     """
     ignored: list[str] = []
@@ -130,7 +131,7 @@ def newest(base: str, plan: str, work: Path) -> tuple[Checkpoint | None, list[st
             continue
         try:
             folder = _fetch(storage.join(base, name), work / name)
-        except (VlmflowError, ValueError, KeyError) as error:
+        except (CheckpointError, DataError, NotFound, ValueError, KeyError, TypeError, AttributeError) as error:
             ignored.append(f"{name}: {error}")
             continue
         state = json.loads((folder / STATE).read_text())
