@@ -271,7 +271,9 @@ def test_preflight_reads_columns_and_benchmark_rows(ctx, tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
     good = (tmp_path / "digits.tsv").read_bytes()
     (tmp_path / "digits.tsv").write_bytes(good + b"2\tWhat?\t\t\t\n")
-    with pytest.raises(DataError, match=r"evaluation\.benchmarks\.digits\.table: .*digits\.tsv: row 2, column answer: empty"):
+    with pytest.raises(
+        DataError, match=r"evaluation\.benchmarks\.digits\.table: .*digits\.tsv: row 2, column answer: empty"
+    ):
         preflight.check(ctx)
     (tmp_path / "digits.tsv").write_bytes(good)
     (tmp_path / "sft-pairs.csv").write_text("url,turns\na,b\n")
@@ -291,7 +293,9 @@ def test_preflight_without_mlflow(ctx, tmp_path, monkeypatch):
 
 
 def test_preflight_with_a_dead_table_server(ctx, monkeypatch):
-    with pytest.raises(ServiceError, match=r"data\.seed\.sources\.captions\.table: no server answers at http://127.0.0.1:1/x"):
+    with pytest.raises(
+        ServiceError, match=r"data\.seed\.sources\.captions\.table: no server answers at http://127.0.0.1:1/x"
+    ):
         preflight._size("data.seed.sources.captions.table", "http://127.0.0.1:1/x")
 
 

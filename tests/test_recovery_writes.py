@@ -60,7 +60,9 @@ def test_a_layer_and_a_global_layer(tmp_path):
             summary=lambda sealed: {"samples": sealed.samples},
         )  # fmt: skip
         rows = {f"k{i}": {"key": f"k{i}", "rank": i} for i in range(8)}
-        return seal_layer(ctx, one, "rank", params={}, version=1, schema={"rank": "int"}, rows=rows, reads=["shout"]).digest
+        return seal_layer(
+            ctx, one, "rank", params={}, version=1, schema={"rank": "int"}, rows=rows, reads=["shout"]
+        ).digest
 
     assert everywhere(ctx, step) >= 2 + 2 + 2
 
@@ -96,7 +98,9 @@ def test_evaluation(tmp_path, monkeypatch):
 def test_soup_search(tmp_path, monkeypatch):
     install(monkeypatch, soups.answer)
     ctx = soups.context(tmp_path)
-    candidates = {name: soups.candidate(ctx, tmp_path, name, skill) for name, skill in {"a": 4.0, "b": 9.0, "c": 7.0}.items()}
+    candidates = {
+        name: soups.candidate(ctx, tmp_path, name, skill) for name, skill in {"a": 4.0, "b": 9.0, "c": 7.0}.items()
+    }
     assert everywhere(ctx, lambda: soup.run(ctx, candidates)) > 15
 
 
@@ -113,7 +117,14 @@ def test_export(tmp_path, monkeypatch):
     save(models_tiny.build(), models_tiny.tokenizer(), tmp_path / "model")
     model = store.publish(ctx, tmp_path / "model", "points-test", store.ModelLineage(step="train"), "k")
     tested = smoke.SmokeResult(
-        questions=1, same_text=1, max_logit_difference=0.0, logits=1, tolerance=1.0, prompts=["p"], trained=["t"], exported=["t"]
+        questions=1,
+        same_text=1,
+        max_logit_difference=0.0,
+        logits=1,
+        tolerance=1.0,
+        prompts=["p"],
+        trained=["t"],
+        exported=["t"],
     )
     monkeypatch.setattr(smoke, "compare", lambda *_: tested)  # not the writing of it: tests/test_export_run.py
     monkeypatch.setattr(export, "code_version", lambda: "1")
@@ -134,7 +145,9 @@ def test_checkpoint(tmp_path):
 
     def save(step: int) -> str:
         tensors = {"w": torch.full((4,), float(step))}
-        return checkpoint.save(base, step, tensors, tensors, {"plan": "p", "world": 1}, f"log {step}", work / "saving", 1)
+        return checkpoint.save(
+            base, step, tensors, tensors, {"plan": "p", "world": 1}, f"log {step}", work / "saving", 1
+        )
 
     save(3)
 

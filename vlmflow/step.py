@@ -106,6 +106,11 @@ class Context:
         """A progress counter; use it as a context manager."""
         return Progress(self.step or label, label, total, unit)
 
+    def notice(self, text: str) -> None:
+        """Tell a person something that is neither progress nor an error, e.g. where an interrupted training goes on."""
+        emit(step=self.step, state="notice", note=text)
+        print(f"[{self.step or 'step'}] {text}", file=sys.stderr, flush=True)
+
 
 def context(recipe: Recipe, step: str = "") -> Context:
     """A context from the environment. Raises RecipeError when VLMFLOW_ROOT is not set."""

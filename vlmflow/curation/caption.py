@@ -62,7 +62,7 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef | None = None) -> Mani
             return _by_endpoint(reader, endpoint, spec)
 
     def summary(sealed: Manifest) -> dict[str, Any]:
-        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, ctx.scratch)
+        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, "curation.caption", ctx.scratch)
         finish: Counter[str] = Counter()
         tokens = Counter(prompt_tokens=0, completion_tokens=0)
         for part in sealed.layer(LAYER).parts:

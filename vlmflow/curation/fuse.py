@@ -79,7 +79,7 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
                 yield from _by_endpoint(window, endpoint, spec)
 
     def summary(sealed: Manifest) -> dict[str, Any]:
-        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, ctx.scratch)
+        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, "curation.fuse", ctx.scratch)
         return {"failures": reasons, **_summary(sealed, ctx.scratch)}
 
     return add_layer(

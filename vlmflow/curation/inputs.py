@@ -100,8 +100,8 @@ def text_of(
     return (text, None) if text else ("", f"{UPSTREAM}{which}: empty text")
 
 
-def check_own_failures(manifest: Manifest, name: str, limit: float, scratch: Any = None) -> list[list[Any]]:
-    """[reason, count] of this layer's failed rows, commonest first.
+def check_own_failures(manifest: Manifest, name: str, limit: float, field: str, scratch: Any = None) -> list[list[Any]]:
+    """[reason, count] of this layer's failed rows, commonest first. `field` is the section of the recipe that sets the limit.
 
     Raises:
         StepFailed: of the samples that reached this step, more than `limit` (share) failed in it.
@@ -113,7 +113,7 @@ def check_own_failures(manifest: Manifest, name: str, limit: float, scratch: Any
         common = Counter(reason for _, reason in own).most_common(3)
         raise StepFailed(
             f"step '{name}': {len(own)} of {reached} samples failed ({len(own) / reached:.1%}), the recipe allows {limit:.1%} "
-            f"(failure_limit). Commonest: {'; '.join(f'{n} x {reason}' for reason, n in common)}. "
+            f"({field}.failure_limit). Commonest: {'; '.join(f'{n} x {reason}' for reason, n in common)}. "
             f"First: sample {own[0][0]}. Mend the cause, or raise the limit if this loss is acceptable."
         )
     counts = Counter(reason for _, reason in listed)

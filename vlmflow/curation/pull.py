@@ -40,7 +40,8 @@ def run(ctx: Context, dataset: str) -> Manifest:
 
     Raises:
         RecipeError: the recipe has no such dataset. DataError: a table lacks a column or cannot be read.
-        StepFailed: more rows failed than `pull.failure_limit`; finished shards stay, so a rerun fetches only the rest.
+        StepFailed: more rows failed than `pull.failure_limit`; finished shards stay, so a rerun fetches only the rest and
+            what failed.
     """
     if dataset not in ctx.recipe.data:
         raise RecipeError(f"data.{dataset}: no such dataset; the recipe has {sorted(ctx.recipe.data)}")
@@ -70,6 +71,10 @@ def run(ctx: Context, dataset: str) -> Manifest:
         tally.check(final=True)
         for result in results:
             result.land()
+    except StepFailed:
+        for result in results:
+            result.doubt()
+        raise
     finally:
         shutil.rmtree(held, ignore_errors=True)
     lineage = Lineage(
@@ -145,7 +150,8 @@ async def _pull(
             finally:
                 for task in tasks[counted:]:
                     task.cancel()
-                await asyncio.gather(*tasks[counted:], return_exceptions=True)
+                left = await asyncio.gather(*tasks[counted:], return_exceptions=True)
+                results += [result for result in left if isinstance(result, Result)]
 
 
 class _Tally:
@@ -200,5 +206,8 @@ class _Tally:
         if any(is_transient(reason) for reason in self.counts["reason"]):
             text += f" {self.held} shards with such passing failures were not kept: run the step again to fetch them."
         else:
-            text += " Mend the table, or raise the limit if this loss is acceptable."
+            text += (
+                " Mend the pictures or the table, or raise the limit if this loss is acceptable; the next run fetches the failed "
+                "rows again and keeps the others."
+            )
         raise StepFailed(text)

@@ -61,12 +61,21 @@ class Result:
     duplicates: int
     local: list[tuple[Path, str]] = field(default_factory=list)  # files of a held shard: (path, uri), tar last
     held: bool = False
+    doubted: bool = False  # a mark lies beside the shard
 
     def land(self) -> None:
         """Put a held shard in its place; nothing to do for others."""
         for path, uri in self.local:
             storage.put_file(path, uri)
         self.local = []
+        if self.doubted:
+            storage.delete(_mark(self.ref.uri))
+
+    def doubt(self) -> None:
+        """Mark a finished shard whose failures were part of a verdict against the dataset: the next run fetches its failed
+        rows again (a picture may have been mended under the same URL), and takes the others from the shard."""
+        if self.failures and not self.held:
+            storage.write_json(_mark(self.ref.uri), {"failed": len(self.failures)})
 
     def reader(self) -> ShardReader:
         """The shard's samples, wherever it lies."""
@@ -96,9 +105,10 @@ class ShardPuller:
         loop = asyncio.get_running_loop()
         uri = storage.join(self.root, "shards", f"{plan.name}.tar")
         found = await loop.run_in_executor(pool, _finished, uri, plan)
-        if found:
+        if found and not found.doubted:
             advance(len(plan.rows))
             return found
+        before = found if found and await loop.run_in_executor(pool, _readable, found) else None
         work = self.scratch / plan.name
         work.mkdir(parents=True, exist_ok=True)
         fetches: dict[str, asyncio.Task[Accepted | Rejected]] = {}
@@ -108,6 +118,10 @@ class ShardPuller:
             if owner < plan.index:
                 known = await loop.run_in_executor(pool, _known, await earlier[owner], plan.key(plan.owners[url]), url)
                 if known is not None:
+                    return known
+            elif before:
+                known = await loop.run_in_executor(pool, _known, before, plan.key(plan.owners[url]), url)
+                if isinstance(known, Accepted):
                     return known
             fetched = await fetcher.get(url)
             if fetched.data is None:
@@ -132,7 +146,7 @@ class ShardPuller:
 
         try:
             done = await asyncio.gather(*(row(r) for r in plan.rows))
-            return await loop.run_in_executor(pool, self._write, plan, uri, work, done)
+            return await loop.run_in_executor(pool, self._write, plan, uri, work, done, found is not None)
         finally:
             for task in fetches.values():
                 task.cancel()
@@ -156,7 +170,7 @@ class ShardPuller:
             meta["extra"] = row.extra
         return Sample(key, meta, tuple(image.data for image in images))
 
-    def _write(self, plan: Plan, uri: str, work: Path, done: list[Sample | dict[str, Any]]) -> Result:
+    def _write(self, plan: Plan, uri: str, work: Path, done: list[Sample | dict[str, Any]], doubted: bool) -> Result:
         failures = [d for d in done if isinstance(d, dict)]
         samples = [d for d in done if isinstance(d, Sample)]
         converted = Counter(i["converted_from"] for s in samples for i in s.meta["images"] if "converted_from" in i)
@@ -173,7 +187,7 @@ class ShardPuller:
         sidecar.write_bytes(_failures_parquet(failures, about))
         for spooled in work.glob("*.image"):
             spooled.unlink()
-        result = Result(ref, len(plan.rows), failures, dict(converted), plan.duplicates)
+        result = Result(ref, len(plan.rows), failures, dict(converted), plan.duplicates, doubted=doubted)
         result.local = [(sidecar, _sidecar(uri)), (Path(f"{tar}{INDEX_SUFFIX}"), uri + INDEX_SUFFIX), (tar, uri)]
         passing = sum(is_transient(f["reason"]) for f in failures)
         result.held = passing > self.limit * len(plan.rows)
@@ -230,6 +244,18 @@ def _sidecar(uri: str) -> str:
     return uri.removesuffix(".tar") + ".failures.parquet"
 
 
+def _mark(uri: str) -> str:
+    return uri.removesuffix(".tar") + ".retry.json"
+
+
+def _readable(found: Result) -> bool:
+    """Whether a finished shard holds what its record says: it may have died between two files of another attempt."""
+    try:
+        return ShardReader(found.ref).path is not None
+    except (DataError, NotFound):
+        return False
+
+
 def _host(url: str | None) -> str:
     try:
         return (urlsplit(url or "").hostname or "").lower()
@@ -268,7 +294,8 @@ def _finished(uri: str, plan: Plan) -> Result | None:
             return None
     except (NotFound, DataError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
-    return Result(ref, about["rows"], failures, about["converted"], about["duplicates"])
+    doubted = bool(failures) and storage.exists(_mark(uri))
+    return Result(ref, about["rows"], failures, about["converted"], about["duplicates"], doubted=doubted)
 
 
 def iter_failures(shard_uris: list[str]) -> Iterator[dict[str, Any]]:

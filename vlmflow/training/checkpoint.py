@@ -150,8 +150,10 @@ def _fetch(uri: str, folder: Path) -> Path:
     for name, about in files.items():
         path = folder / name
         storage.get_file(storage.join(uri, name), path)
-        if path.stat().st_size != about["bytes"] or sha256_file(path) != about["sha256"]:
+        if (size := path.stat().st_size) != about["bytes"]:
+            raise CheckpointError(f"{name} has {size} bytes, {about['bytes']} were recorded: it was cut or changed")
+        if (found := sha256_file(path)) != about["sha256"]:
             raise CheckpointError(
-                f"{name} has {path.stat().st_size} bytes or a hash other than the {about['bytes']} bytes recorded; cut or changed"
+                f"{name} has sha256 {found[:16]}…, {about['sha256'][:16]}… was recorded: its content was cut or changed after it was written"
             )
     return folder
