@@ -108,7 +108,7 @@ class ShardPuller:
         if found and not found.doubted:
             advance(len(plan.rows))
             return found
-        before = found if found and await loop.run_in_executor(pool, _readable, found) else None
+        before = await loop.run_in_executor(pool, _readable, found) if found else None
         work = self.scratch / plan.name
         work.mkdir(parents=True, exist_ok=True)
         fetches: dict[str, asyncio.Task[Accepted | Rejected]] = {}
@@ -248,12 +248,12 @@ def _mark(uri: str) -> str:
     return uri.removesuffix(".tar") + ".retry.json"
 
 
-def _readable(found: Result) -> bool:
-    """Whether a finished shard holds what its record says: it may have died between two files of another attempt."""
+def _readable(found: Result) -> Result | None:
+    """A finished shard if it holds what its record says: a run may have died between two files of another attempt."""
     try:
-        return ShardReader(found.ref).path is not None
+        return found if ShardReader(found.ref).path else None
     except (DataError, NotFound):
-        return False
+        return None
 
 
 def _host(url: str | None) -> str:

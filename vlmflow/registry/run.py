@@ -96,11 +96,11 @@ def run(
             model_id, source = _logged_model(ctx, mlflow, model, experiment_id, run_id, tags, name)
             _log_scores(mlflow, run_id, rows, final, model_id)
             _log_documents(mlflow, run_id, ctx, scores, soup)
-            made = mlflow.create_model_version(
-                name, source, run_id=run_id, tags=tags, model_id=model_id, description=_description(rows, final)
-            )
             if not os.environ.get("MLFLOW_RUN_ID"):  # a given run is ended by whoever opened it
                 mlflow.set_terminated(run_id, "FINISHED")
+            made = mlflow.create_model_version(  # last: a version says that all of this is there
+                name, source, run_id=run_id, tags=tags, model_id=model_id, description=_description(rows, final)
+            )
             version, source = str(made.version), str(made.source)
         else:
             run_id, source, version = str(version.run_id), str(version.source), str(version.version)
