@@ -363,3 +363,17 @@ def test_a_store_that_is_away_is_no_reason_to_train_from_the_start(tmp_path, mon
     assert f"step-00000002: {checkpoint.WEIGHTS} has {size // 2} bytes, {size} were recorded" in ignored[0]
     with pytest.raises(CheckpointError, match="another position in the data"):
         checkpoint.newest(base, "q", work)
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"accuracy": 1.0}', b"not json"])
+def test_a_damaged_score_is_made_again(tmp_path, monkeypatch, damage):
+    install(monkeypatch, soups.answer)
+    ctx = soups.context(tmp_path)
+    model = soups.candidate(ctx, tmp_path, "a", 4.0)
+    whole, good = evaluation.run(ctx, model, "report"), contents(Path(ctx.root))
+    (marker,) = Path(ctx.root, "scores").rglob("score.json")
+    marker.write_bytes(damage)
+    assert evaluation.run(ctx, model, "report") == whole and contents(Path(ctx.root)) == good
+    with pytest.raises(ModelError, match=r"holds 3 bytes that are not a model reference.*Delete it"):
+        Path(ctx.root, "models/candidate-a/model.json").write_bytes(b"{\n}")
+        store.find(ctx, "candidate-a")

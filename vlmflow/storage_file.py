@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -58,6 +59,12 @@ def _free(uri: str) -> str:
         return "the disk does not say how many are free"
 
 
+def _work_folders() -> str:
+    """What is free where work files lie: a library's error seldom names its file."""
+    folders = dict.fromkeys(filter(None, (os.environ.get("VLMFLOW_SCRATCH"), tempfile.gettempdir(), os.getcwd())))
+    return ", ".join(f"{folder}: {_free(folder)}" for folder in folders)
+
+
 def full_disk(error: BaseException) -> NoSpace | None:
     """The NoSpace behind an error of any library (safetensors and SQLite have their own classes), or None."""
     seen: list[BaseException] = []
@@ -66,7 +73,7 @@ def full_disk(error: BaseException) -> NoSpace | None:
         seen.append(cause)
         if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
             place = getattr(cause, "filename", None)
-            return NoSpace(f"{place or 'a file of this step'}: {_HINTS[NoSpace]} ({cause})")
+            return NoSpace(f"{place or 'a work file'}: {_HINTS[NoSpace]} ({cause}; {_work_folders()})")
         cause = cause.__cause__ or cause.__context__
     return None
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from vlmflow import storage
 from vlmflow.digest import digest
 from vlmflow.errors import NotFound, StorageError, Unreachable
+from vlmflow.storage_file import full_disk
 
 TIMEOUT = 60.0  # seconds without a byte
 ATTEMPTS = 3
@@ -63,6 +64,8 @@ def _download(uri: str, path: Path) -> None:
             if e.code < 500 and e.code != 429:
                 raise StorageError(f"benchmark table {uri}: {problem}") from None
         except (OSError, http.client.HTTPException) as e:
+            if (full := full_disk(e)) is not None:
+                raise full from e
             problem = f"{type(e).__name__}: {e}"
         if attempt == ATTEMPTS:
             raise Unreachable(

@@ -147,7 +147,10 @@ def load_ref(path_or_uri: str | Path) -> ModelRef:
     try:
         return ModelRef.model_validate(json.loads(data))
     except (ValueError, ValidationError) as error:
-        raise ModelError(f"{path_or_uri} is not a model reference: {error}") from error
+        raise ModelError(
+            f"{path_or_uri} holds {len(data)} bytes that are not a model reference: it was cut or changed. Delete it and run the same "
+            f"command again; the step that made the model makes it anew. ({error})"
+        ) from error
 
 
 def dump_ref(ref: ModelRef, path: str | Path) -> None:

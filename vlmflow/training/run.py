@@ -87,6 +87,7 @@ def run(
         raise DataError(f"stage '{stage_name}' needs datasets {missing}; given were {sorted(datasets)}")
     key = train_digest(stage, uses, init, datasets, recipe.model.family, recipe.seed)
     if (found := store.find(ctx, key)) is not None:
+        checkpoint.clear(storage.join(ctx.root, "checkpoints", key))  # of a run that died right after publishing
         return found
     label = stage_name if candidate is None else f"{stage_name}-{candidate}"
     job = _job(ctx, label, key, stage, uses, init, datasets)
