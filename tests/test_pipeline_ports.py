@@ -312,3 +312,9 @@ def test_preflight_with_an_endpoint_that_is_not_configured(ctx, monkeypatch):
     monkeypatch.delenv("VLMFLOW_CAPTION_URL", raising=False)
     with pytest.raises(ServiceError, match="VLMFLOW_CAPTION_URL is not set"):
         preflight._services(ctx)
+    monkeypatch.setenv("VLMFLOW_CAPTION_URL", "http://127.0.0.1:1/v1")
+    with pytest.raises(
+        ServiceError, match=r"curation\.caption: the server that VLMFLOW_CAPTION_URL names does not answer"
+    ) as error:
+        preflight._services(ctx)
+    assert "127.0.0.1" not in str(error.value)

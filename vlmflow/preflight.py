@@ -5,6 +5,7 @@ Each check either passes or raises the error that says what to do; the list of p
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import urllib.error
@@ -189,8 +190,23 @@ def _services(ctx: Context) -> list[tuple[str, str]]:
                     f"curation.{name}.engine is 'openai', but {step.endpoint_env} is not set; it must hold the base URL of "
                     "an OpenAI-compatible endpoint."
                 )
+            _alive(url, f"curation.{name}: the server that {step.endpoint_env} names")
             rows.append((f"endpoint of {name}", url))
     return rows
+
+
+def _alive(url: str, what: str) -> None:
+    """Any answer will do: only the step itself sends the key. The address stays out of messages, as it may be private."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT):
+            return
+    except urllib.error.HTTPError:
+        return
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ServiceError(
+            f"{what} does not answer ({getattr(error, 'reason', error)}); its step would fail after the steps before it. Start it or "
+            "correct the variable, then run the same command again."
+        ) from error
 
 
 def _answers(url: str, what: str) -> None:
