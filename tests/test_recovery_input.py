@@ -98,7 +98,7 @@ def test_the_command_line_says_a_dead_server_and_names_the_field_and_the_log(tmp
     ("override", "message"),
     [
         ("stages.ocr.optimzer.clip=1", r"stages\.ocr\.optimzer: no such field; did you mean 'optimizer'\? Allowed here: .*schedule"),
-        ("pull.timeout=10s", r"pull\.timeout: Input should be a valid number.*got '10s'.*; the field is: seconds for one URL"),
+        ("pull.timeout=10s", r"pull\.timeout: Input should be a valid number.*got '10s'.*; the field is: seconds .*one URL"),
         ("pull.timeout=[10", r"override 'pull\.timeout=\[10': the value is not YAML"),
     ],
 )  # fmt: skip
