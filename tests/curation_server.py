@@ -44,6 +44,7 @@ class Server:
         self.hits: Counter[str] = Counter()
         self.agents: set[str] = set()
         self.down = False  # images answer with 503
+        self.mended = False  # /bomb and /cut answer with good pictures
         self.gate_after: int | None = None  # images served before further requests wait
         self.waiting = threading.Event()
         self.released = threading.Event()
@@ -81,6 +82,8 @@ class Server:
             return web.Response(body=b"<!doctype html><html>sorry</html>", content_type="image/jpeg")
         if kind == "lie":
             return web.Response(body=picture(5, "JPEG"), content_type="text/html")
+        if self.mended and kind in ("bomb", "cut"):
+            return web.Response(body=picture(len(rest)), content_type="image/png")
         if kind == "bomb":
             return web.Response(body=bomb(40_000, 40_000), content_type="image/png")
         if kind == "cut":

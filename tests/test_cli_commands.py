@@ -59,9 +59,9 @@ def test_a_typo_is_an_error_on_stderr_with_exit_code_2(capsys):
     assert "curation.keep.fractoin" in err and "did you mean 'fraction'" in err and "Traceback" not in err
 
 
-def test_a_missing_recipe_has_the_stores_exit_code(capsys):
+def test_a_missing_recipe_is_wrong_input(capsys):
     code, _, err = call(capsys, "run", "/nowhere/recipe.yaml")
-    assert code == 3 and "/nowhere/recipe.yaml" in err
+    assert code == 2 and "there is no recipe at /nowhere/recipe.yaml" in err
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ def test_share_kept_by_source(tmp_path):
 
 
 def test_nothing_scored_and_repeated_keys_are_refused(tmp_path):
-    with pytest.raises(DataError, match="none of 2 samples has a perplexity"):
+    with pytest.raises(DataError, match="0 of 2 samples have a perplexity"):
         run(tmp_path / "a", scored(tmp_path / "a", {"a": None, "b": None}))
     folder = tmp_path / "b"
     data = dataset(folder / "d", [sample("a", "x", png(1)), sample("a", "y", png(1))], per_shard=1)

@@ -244,9 +244,11 @@ def test_too_many_failures_stop_the_step_with_a_histogram(server, tmp_path):
     with pytest.raises(StepFailed, match=r"10 of 30 rows failed \(33.3%.*allows 20.0%.*10 x http_404") as error:
         pulled(tmp_path, urls, failure_limit=0.2)
     assert "raise the limit" in str(error.value)
-    hits = sum(server.hits.values())
     manifest, _ = pulled(tmp_path, urls, failure_limit=0.4)  # what landed is found, whatever the limit
-    assert manifest.samples == 20 and sum(server.hits.values()) == hits
+    assert manifest.samples == 20 and server.images == 20
+    assert server.hits["/status/404"] == 20, "the verdict asks for one more look at what failed"
+    pulled(tmp_path, urls, failure_limit=0.4)
+    assert server.hits["/status/404"] == 20, "and a verdict that passed asks for none"
 
 
 def test_a_dead_server_is_named_and_nothing_of_it_is_kept(tmp_path):

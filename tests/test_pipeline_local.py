@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from vlmflow import compiler, local, process_tree
-from vlmflow.errors import StepFailed, VlmflowError
+from vlmflow.errors import NoSpace, StepFailed, VlmflowError
 from vlmflow.estimate import Estimate, Planned
 
 HERE = Path(__file__).parent
@@ -63,6 +64,16 @@ def test_a_failing_step_says_its_own_words(package, tmp_path):
 def test_a_killed_step_is_named_and_the_log_shown(package, tmp_path):
     with pytest.raises(StepFailed, match="step 'first' ended without a word"):
         start(package, tmp_path, "killed", io.StringIO())
+
+
+def test_a_step_that_died_on_a_full_disk_is_said_as_such(package, tmp_path, monkeypatch):
+    """It could not write down its own error; the terminal shows the cause and no traceback of the log's end."""
+    monkeypatch.setattr(local.shutil, "disk_usage", lambda _: types.SimpleNamespace(free=2**20))
+    with pytest.raises(
+        NoSpace, match=r"step 'first' ended on a full disk: 1\.0 MiB are free at .*start the same command again"
+    ) as caught:
+        start(package, tmp_path, "killed", io.StringIO())
+    assert caught.value.exit_code == 3 and "Traceback" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

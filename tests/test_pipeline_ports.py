@@ -15,6 +15,7 @@ from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import describe_shard, write_shard
 from vlmflow.errors import DataError, RecipeError, ServiceError
 from vlmflow.evaluation.scores import BenchmarkScore, Scores
+from vlmflow.evaluation.tsv import write_table
 from vlmflow.models.store import FileRef, ModelLineage, ModelRef, dump_ref
 from vlmflow.recipe import load
 from vlmflow.soup.result import SoupEntry, SoupResult
@@ -247,16 +248,23 @@ def test_stages_in_another_order_are_refused():
 
 
 def local_tables(ctx: Context, tmp_path: Path) -> None:
-    for uri in preflight_tables(ctx):
-        (tmp_path / uri.rsplit("/", 1)[1]).touch()
+    """Tables of one row each, where the recipe names them."""
+    import pyarrow as pa
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    row = pa.table({"url": ["http://127.0.0.1/a.png"], "text": ["a"], "conversations": ["[]"]})
+    for spec in ctx.recipe.data.values():
+        for source in spec.sources.values():
+            path = tmp_path / source.table.rsplit("/", 1)[1]
+            (pa.csv.write_csv if path.suffix == ".csv" else pa.parquet.write_table)(row, path)
+    for benchmark in ctx.recipe.evaluation.benchmarks.values():
+        answer = {"reading": "7", "multiple_choice": "A", "yes_no": "Yes"}[benchmark.kind]
+        question = {"index": 1, "question": "What?", "A": "a", "B": "b", "answer": answer}
+        write_table(tmp_path / benchmark.table.rsplit("/", 1)[1], [question])
     text = TINY.read_text().replace("http://127.0.0.1:8765/tables", str(tmp_path))
     (tmp_path / "recipe.yaml").write_text(text.replace("http://127.0.0.1:8765/benchmarks", str(tmp_path)))
     ctx.recipe = load(tmp_path / "recipe.yaml")
-
-
-def preflight_tables(ctx: Context) -> list[str]:
-    tables = [source.table for spec in ctx.recipe.data.values() for source in spec.sources.values()]
-    return tables + [spec.table for spec in ctx.recipe.evaluation.benchmarks.values()]
 
 
 def test_preflight_passes_and_names_what_is_missing(ctx, tmp_path, monkeypatch):
@@ -265,6 +273,23 @@ def test_preflight_passes_and_names_what_is_missing(ctx, tmp_path, monkeypatch):
     assert len(preflight.check(ctx)) >= 4
     (tmp_path / "web.parquet").unlink()
     with pytest.raises(DataError, match=r"data\.web\.sources\.web\.table: there is no table at .*web\.parquet"):
+        preflight.check(ctx)
+
+
+def test_preflight_reads_columns_and_benchmark_rows(ctx, tmp_path, monkeypatch):
+    """What would fail after hours of training is said in the first seconds."""
+    local_tables(ctx, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
+    good = (tmp_path / "digits.tsv").read_bytes()
+    (tmp_path / "digits.tsv").write_bytes(good + b"2\tWhat?\t\t\t\n")
+    with pytest.raises(
+        DataError, match=r"evaluation\.benchmarks\.digits\.table: .*digits\.tsv: row 2, column answer: empty"
+    ):
+        preflight.check(ctx)
+    (tmp_path / "digits.tsv").write_bytes(good)
+    (tmp_path / "sft-pairs.csv").write_text("url,turns\na,b\n")
+    expected = r"table .*sft-pairs\.csv has no column 'conversations'; it has \['url', 'turns'\]. Set data\.sft\.sources\.pairs\."
+    with pytest.raises(DataError, match=expected):
         preflight.check(ctx)
 
 
@@ -279,20 +304,24 @@ def test_preflight_without_mlflow(ctx, tmp_path, monkeypatch):
 
 
 def test_preflight_with_a_dead_table_server(ctx, monkeypatch):
-    with pytest.raises(DataError, match=r"data\.seed\.sources\.captions\.table: http://127.0.0.1:1/x does not answer"):
-        preflight._table("data.seed.sources.captions.table", "http://127.0.0.1:1/x", ["127.0.0.1"])
+    with pytest.raises(
+        ServiceError, match=r"data\.seed\.sources\.captions\.table: no server answers at http://127.0.0.1:1/x"
+    ):
+        preflight._size("data.seed.sources.captions.table", "http://127.0.0.1:1/x", frozenset({"127.0.0.1"}))
 
 
 def test_preflight_does_not_reach_into_the_network_it_runs_in(ctx):
     """A recipe names addresses; the metadata service of a cloud is not one of them."""
+    allow = frozenset({"127.0.0.1"})
     with pytest.raises(DataError, match=r"169\.254\.169\.254.*private network.*pull\.allow_hosts"):
-        preflight._table("evaluation.benchmarks.x.table", "http://169.254.169.254/latest/x.tsv", ["127.0.0.1"])
+        preflight._size("evaluation.benchmarks.x.table", "http://169.254.169.254/latest/x.tsv", allow)
     with pytest.raises(DataError, match=r"host 'example\.com' is not in pull\.allow_hosts"):  # as the pull would say
-        preflight._table("data.web.sources.web.table", "http://example.com/x.csv", ["127.0.0.1"])
+        preflight._size("data.web.sources.web.table", "http://example.com/x.csv", allow)
 
 
 def test_preflight_shows_no_credentials(ctx, monkeypatch):
     monkeypatch.setattr(preflight, "_answers", lambda url, _: None)
+    monkeypatch.setattr(preflight, "_alive", lambda url, _: None)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow:5000")
     monkeypatch.setenv("VLMFLOW_CAPTION_URL", "http://host/v1?key=secret")
     caption = ctx.recipe.curation.caption.model_copy(update={"engine": "openai", "model_name": "m"})
@@ -315,3 +344,9 @@ def test_preflight_with_an_endpoint_that_is_not_configured(ctx, monkeypatch):
     monkeypatch.delenv("VLMFLOW_CAPTION_URL", raising=False)
     with pytest.raises(ServiceError, match="VLMFLOW_CAPTION_URL is not set"):
         preflight._services(ctx)
+    monkeypatch.setenv("VLMFLOW_CAPTION_URL", "http://127.0.0.1:1/v1")
+    with pytest.raises(
+        ServiceError, match=r"curation\.caption: the server that VLMFLOW_CAPTION_URL names does not answer"
+    ) as error:
+        preflight._services(ctx)
+    assert "127.0.0.1" not in str(error.value)

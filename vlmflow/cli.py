@@ -289,6 +289,13 @@ def main(arguments: list[str] | None = None) -> None:
     except VlmflowError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:  # of the state folder: every other place has words of its own
+        from vlmflow.errors import StorageError
+        from vlmflow.storage_file import full_disk
+
+        shown = full_disk(error) or StorageError(f"{error.filename or 'a file'}: {error.strerror or error}")
+        typer.echo(f"error: {shown}", err=True)
+        sys.exit(shown.exit_code)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ class Display:
                 self._line(f"{name} ...")
         elif state == "progress":
             self.latest[name] = event
+        elif state == "notice":
+            self._line(f"{name}: {event.get('note', '')}")
         elif state in ("end", "failed"):
             note = self.latest.pop(name, {}).get("note", "")
             if state == "end":

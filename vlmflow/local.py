@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmflow import estimate, process_tree, storage
 from vlmflow.display import Display
-from vlmflow.errors import NotFound, StepFailed, VlmflowError
+from vlmflow.errors import NoSpace, NotFound, StepFailed, VlmflowError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,6 +34,7 @@ POLL_SECONDS = 0.1
 STOP_SECONDS = 30.0  # after Ctrl-C: the worker gives trainers 20 s to write a checkpoint
 EVALUATORS = estimate.LANES
 TAIL_LINES = 25
+SPARE_BYTES = 16 * 2**20  # a disk with less than this left cannot be told from a full one after a failed write
 _TASK_FAILED = re.compile(r"Task .*finished with status .*FAILURE")
 
 
@@ -183,6 +184,13 @@ def _explain(failure: dict[str, Any] | None, log: Path, code: int) -> VlmflowErr
         error = StepFailed(f"step '{failure['step']}' failed: {text}\nThe full log is {log}")
         error.exit_code = int(failure.get("code", 1))
         return error
+    free = shutil.disk_usage(log.parent).free
+    if free < SPARE_BYTES:  # a step on a full disk cannot even write down what happened to it
+        step = f"step '{failure['step']}'" if failure and failure.get("step") else "the run"
+        return NoSpace(
+            f"{step} ended on a full disk: {free / 2**20:.1f} MiB are free at {log.parent}, where logs and work files lie. Free some "
+            f"space and start the same command again; finished work is kept.\nThe log, as far as it could be written, is {log}"
+        )
     end = "\n".join(f"    {line}" for line in log.read_text(errors="replace").strip().splitlines()[-TAIL_LINES:])
     what = f"step '{failure['step']}' ended without a word" if failure and failure.get("step") else "the run failed"
     return StepFailed(

@@ -5,15 +5,18 @@ Each check either passes or raises the error that says what to do; the list of p
 
 from __future__ import annotations
 
+import http.client
 import os
 import shutil
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from vlmflow import storage, web
 from vlmflow.curation.table import check_host
-from vlmflow.errors import DataError, NotFound, RecipeError, ServiceError
+from vlmflow.errors import DataError, NotFound, RecipeError, ServiceError, VlmflowError
 from vlmflow.ports import DATASETS, STAGES
 
 if TYPE_CHECKING:
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 10.0  # seconds for one probe over HTTP
 LEAST_FREE_BYTES = 256 * 2**20
+OPENED_BYTES = 256 * 2**20  # a larger table is only looked for; the step that reads it checks its columns
 
 
 def resolve(source: str, overrides: list[str], soup_choice: str = "recipe") -> Recipe:
@@ -72,8 +76,8 @@ def check(ctx: Context) -> list[dict[str, str]]:
 
     Raises:
         StorageError: the store refuses, is full, or does not answer.
-        DataError: a table of the recipe does not exist.
-        ServiceError: MLflow or another service does not answer, or its address is not configured.
+        DataError: a table of the recipe does not exist, lacks a column, or a benchmark has a wrong row.
+        ServiceError: a server of tables, MLflow or another service does not answer, or its address is not configured.
     """
     rows = []
     with ctx.progress("preflight", 5, "checks") as progress:
@@ -100,36 +104,73 @@ def _scratch(ctx: Context) -> list[tuple[str, str]]:
 
 
 def _tables(ctx: Context) -> list[tuple[str, str]]:
+    from vlmflow.curation.pull import columns_of
+    from vlmflow.curation.table import check_columns, localize
+    from vlmflow.evaluation.table_file import local_table
+    from vlmflow.evaluation.tsv import Table
+
     recipe = ctx.recipe
-    tables = {
-        f"data.{dataset}.sources.{name}.table": source.table
-        for dataset, spec in recipe.data.items()
-        for name, source in spec.sources.items()
-    }
-    tables |= {f"evaluation.benchmarks.{name}.table": spec.table for name, spec in recipe.evaluation.benchmarks.items()}
-    for field, uri in tables.items():
-        _table(field, uri, recipe.pull.allow_hosts)
-    return [("tables of the recipe exist", f"{len(tables)} tables")]
+    allow = frozenset(host.lower() for host in recipe.pull.allow_hosts)
+    large = []
+    for dataset, spec in recipe.data.items():
+        for name, source in spec.sources.items():
+            field = f"data.{dataset}.sources.{name}"
+            if _size(f"{field}.table", source.table, allow) > OPENED_BYTES:
+                large.append(source.table)
+                continue
+            with _named(f"{field}.table"):
+                path = localize(source.table, ctx.scratch, allow)
+            check_columns(path, columns_of(source), field, source.table)
+    for name, benchmark in recipe.evaluation.benchmarks.items():
+        field = f"evaluation.benchmarks.{name}.table"
+        if _size(field, benchmark.table, allow) > OPENED_BYTES:
+            large.append(benchmark.table)
+            continue
+        with _named(f"{field}: {benchmark.table}"):
+            Table(local_table(benchmark.table, ctx.scratch, allow), benchmark.kind, name)
+    count = sum(len(spec.sources) for spec in recipe.data.values()) + len(recipe.evaluation.benchmarks)
+    found = f"{count} tables"
+    if large:
+        found += f"; not opened, above {OPENED_BYTES // 2**20} MiB: {', '.join(large)}"
+    return [("tables of the recipe exist, with their columns and, of benchmarks, their rows", found)]
 
 
-def _table(field: str, uri: str, allow_hosts: list[str]) -> None:
+@contextmanager
+def _named(field: str) -> Iterator[None]:
+    """Put the recipe's field before an error of the table that it names."""
+    try:
+        yield
+    except VlmflowError as error:
+        named = type(error)(f"{field}: {error}")
+        raise named from error
+
+
+def _size(field: str, uri: str, allow: frozenset[str]) -> int:
+    """Bytes of a table (0 where a web server does not tell). Raises DataError or ServiceError when it is not there."""
     if uri.startswith(web.SCHEMES):
         if field.startswith("data."):
-            check_host(uri, frozenset(host.lower() for host in allow_hosts))
+            check_host(uri, allow)
         try:
-            with web.opener(allow_hosts).open(urllib.request.Request(uri, method="HEAD"), timeout=TIMEOUT):
-                return
-        except (urllib.error.URLError, OSError) as error:
+            with web.opener(allow).open(urllib.request.Request(uri, method="HEAD"), timeout=TIMEOUT) as answer:
+                return int(answer.headers.get("Content-Length") or 0)
+        except urllib.error.HTTPError as error:
+            if error.code in (405, 501):  # a server that knows no HEAD; the GET will show what there is
+                return 0
+            raise DataError(
+                f"{field}: the server answers {error.code} {error.reason} for {uri}. Correct the address or put the table there."
+            ) from error
+        except OSError as error:
             if refused := web.forbidden(error):
                 raise DataError(
                     f"{field}: {uri}: {refused}, an address of a private network; name the host in pull.allow_hosts "
-                    f"({allow_hosts}) if that is meant, or copy the table to the store."
+                    f"({sorted(allow)}) if that is meant, or copy the table to the store."
                 ) from None
-            raise DataError(
-                f"{field}: {uri} does not answer ({error}). Correct the address or start the server."
+            raise ServiceError(
+                f"{field}: no server answers at {uri} ({getattr(error, 'reason', error)}); the steps would fail that need "
+                "the table. Start the server or correct the address, then run the same command again."
             ) from error
     try:
-        storage.size(uri)
+        return storage.size(uri)
     except NotFound as error:
         raise DataError(f"{field}: there is no table at {uri}. Correct the recipe or put the table there.") from error
 
@@ -157,8 +198,23 @@ def _services(ctx: Context) -> list[tuple[str, str]]:
                     f"curation.{name}.engine is 'openai', but {step.endpoint_env} is not set; it must hold the base URL of "
                     "an OpenAI-compatible endpoint."
                 )
-            rows.append((f"endpoint of {name} is configured", step.endpoint_env))  # its address may hold a key
+            _alive(url, f"curation.{name}: the server that {step.endpoint_env} names")
+            rows.append((f"endpoint of {name} answers", step.endpoint_env))  # its address may hold a key
     return rows
+
+
+def _alive(url: str, what: str) -> None:
+    """Any answer will do: only the step itself sends the key. The address stays out of messages, as it may be private."""
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT):
+            return
+    except urllib.error.HTTPError:
+        return
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise ServiceError(
+            f"{what} does not answer ({getattr(error, 'reason', error)}); its step would fail after the steps before it. Start it or "
+            "correct the variable, then run the same command again."
+        ) from error
 
 
 def _answers(url: str, what: str) -> None:
@@ -173,5 +229,5 @@ def _answers(url: str, what: str) -> None:
         raise ServiceError(f"{what} at {url} answers with {error.code}; look at its log.") from error
     except (urllib.error.URLError, OSError) as error:
         raise ServiceError(
-            f"{what} does not answer at {url}: {error}. Start it (`vlmflow up`) or correct the address."
+            f"{what} does not answer at {url}: {getattr(error, 'reason', error)}. Start it (`vlmflow up`) or correct the address."
         ) from error

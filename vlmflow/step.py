@@ -13,7 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from typing import Any
 from vlmflow import storage
 from vlmflow.errors import RecipeError, VlmflowError
 from vlmflow.recipe import Recipe, load
+from vlmflow.storage_file import full_disk
 
 EVENT_INTERVAL = 0.5  # seconds between progress events of one task
 
@@ -104,6 +105,11 @@ class Context:
         """A progress counter; use it as a context manager."""
         return Progress(self.step or label, label, total, unit)
 
+    def notice(self, text: str) -> None:
+        """Tell a person something that is neither progress nor an error, e.g. where an interrupted training goes on."""
+        emit(step=self.step, state="notice", note=text)
+        print(f"[{self.step or 'step'}] {text}", file=sys.stderr, flush=True)
+
 
 def context(recipe: Recipe, step: str = "") -> Context:
     """A context from the environment. Raises RecipeError when VLMFLOW_ROOT is not set."""
@@ -115,6 +121,11 @@ def context(recipe: Recipe, step: str = "") -> Context:
     return Context(recipe, root, storage.default_scratch(), os.environ.get("VLMFLOW_RUN_ID", "local"), step)
 
 
+def _failed(name: str, error: BaseException, code: int) -> None:
+    with suppress(OSError):  # the disk of the events may be the one that is full; the error itself must get out
+        emit(step=name, state="failed", note=f"{type(error).__name__}: {error}", code=code)
+
+
 @contextmanager
 def open_step(name: str, recipe_path: str | Path) -> Iterator[Context]:
     """Frame of one component: loads the recipe, emits start and end, stores the step's wall time in seconds."""
@@ -124,10 +135,16 @@ def open_step(name: str, recipe_path: str | Path) -> Iterator[Context]:
         ctx = context(load(recipe_path), name)
         yield ctx
     except VlmflowError as error:
-        emit(step=name, state="failed", note=f"{type(error).__name__}: {error}", code=error.exit_code)
+        _failed(name, error, error.exit_code)
+        raise
+    except Exception as error:
+        if (full := full_disk(error)) is not None:
+            _failed(name, full, full.exit_code)
+            raise full from error
+        _failed(name, error, 1)
         raise
     except BaseException as error:
-        emit(step=name, state="failed", note=f"{type(error).__name__}: {error}", code=1)
+        _failed(name, error, 1)
         raise
     seconds = round(time.time() - started, 3)
     record = {"step": name, "started": round(started, 3), "seconds": seconds}

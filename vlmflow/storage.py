@@ -14,11 +14,13 @@ import secrets
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
 from vlmflow.digest import digest, sha256_file
 from vlmflow.errors import DataError, StorageError
+
+T = TypeVar("T")
 
 
 class ObjectInfo(NamedTuple):
@@ -122,6 +124,17 @@ def read_json(uri: str) -> Any:
         raise DataError(
             f"{uri} holds {len(data)} bytes that are not JSON ({error}); delete it and run the step again"
         ) from error
+
+
+def read_finished(uri: str, kind: type[T]) -> T | None:
+    """The result (a pydantic model) that an earlier run left at `uri`; None when there is none, or when it was cut or
+    changed, so that it is made again."""
+    if not exists(uri):
+        return None
+    try:
+        return kind.model_validate(read_json(uri))  # type: ignore[attr-defined]
+    except (DataError, ValueError):
+        return None
 
 
 def write_json(uri: str, obj: Any) -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,13 +34,48 @@ _HINTS: dict[type[StorageError], str] = {
 
 
 @contextmanager
-def translated(uri: str):
-    """Turn OSError into the StorageError of the same meaning."""
+def translated(uri: str, writing: int | None = None):
+    """Turn OSError into the StorageError of the same meaning. `writing` is the size in bytes of an object being put."""
     try:
         yield
     except OSError as error:
         kind = _KINDS.get(error.errno or 0, StorageError)
-        raise kind(f"{uri}: {_HINTS[kind]} ({error.strerror or error})") from error
+        hint = _HINTS[kind]
+        if writing is not None and kind is NotFound:
+            kind, hint = StorageError, "cannot be written: its folder cannot be made there; choose another place"
+        if writing is not None and kind is NoSpace:
+            hint = f"the object needs {writing} bytes, {_free(uri)}: {hint}"
+        raise kind(f"{uri}: {hint} ({error.strerror or error})") from error
+
+
+def _free(uri: str) -> str:
+    """What the disk of a file has left, in words."""
+    path = local_path(uri)
+    try:
+        while path is not None and not path.exists() and path != path.parent:
+            path = path.parent
+        return f"{shutil.disk_usage(path or '/').free} are free"
+    except OSError:
+        return "the disk does not say how many are free"
+
+
+def _work_folders() -> str:
+    """What is free where work files lie: a library's error seldom names its file."""
+    folders = dict.fromkeys(filter(None, (os.environ.get("VLMFLOW_SCRATCH"), tempfile.gettempdir(), os.getcwd())))
+    return ", ".join(f"{folder}: {_free(folder)}" for folder in folders)
+
+
+def full_disk(error: BaseException) -> NoSpace | None:
+    """The NoSpace behind an error of any library (safetensors and SQLite have their own classes), or None."""
+    seen: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in seen:
+        seen.append(cause)
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(cause):
+            place = getattr(cause, "filename", None)
+            return NoSpace(f"{place or 'a work file'}: {_HINTS[NoSpace]} ({cause}; {_work_folders()})")
+        cause = cause.__cause__ or cause.__context__
+    return None
 
 
 def write_atomically(path: Path, fill: Callable[[BinaryIO], object]) -> None:
@@ -78,14 +114,14 @@ class FileStore:
             return file.read() if length is None else file.read(length)
 
     def write(self, uri: str, data: bytes) -> None:
-        with translated(uri):
+        with translated(uri, writing=len(data)):
             write_atomically(self._path(uri), lambda file: file.write(data))
 
     def put(self, path: Path, uri: str) -> None:
         target = self._path(uri)
         if target == path:
             return
-        with translated(uri), open(path, "rb") as source:
+        with translated(str(path)), open(path, "rb") as source, translated(uri, writing=path.stat().st_size):
             write_atomically(target, lambda file: shutil.copyfileobj(source, file, 1 << 20))
 
     def get(self, uri: str, path: Path) -> None:

@@ -8,6 +8,7 @@ prove that it is whole; JPEG at 1/8 scale, which reads the whole bit stream for 
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from dataclasses import dataclass
 
@@ -84,10 +85,10 @@ def accept(data: bytes, max_pixels: int) -> Accepted:
             image.load()
     except Rejected:
         raise
-    except Image.DecompressionBombError:
-        raise Rejected(
-            "too_many_pixels", f"more than twice Pillow's own limit; the limit here is {max_pixels}"
-        ) from None
+    except Image.DecompressionBombError as error:  # Pillow looks first, and names the number of pixels
+        found = re.search(r"\((\d+) pixels\)", str(error))
+        count = found[1] if found else f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0)}"
+        raise Rejected("too_many_pixels", f"{count} pixels, the limit is {max_pixels}") from None
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged input
         raise Rejected("corrupt", f"{kind} that does not decode ({type(error).__name__})") from error
     return Accepted(data, KEPT[kind], width, height)

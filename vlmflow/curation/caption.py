@@ -55,14 +55,15 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef | None = None) -> Mani
     else:
         params |= {"model": spec.model_name, "seed": ctx.recipe.seed}
         endpoint = openai_client.Endpoint(
-            spec.endpoint_env, spec.key_env, str(spec.model_name), concurrency=spec.concurrency, seed=ctx.recipe.seed
-        )
+            spec.endpoint_env, spec.key_env, str(spec.model_name), concurrency=spec.concurrency, seed=ctx.recipe.seed,
+            passing_limit=spec.failure_limit,
+        )  # fmt: skip
 
         def compute(reader: ShardReader, _: Any) -> Iterator[dict[str, Any]]:
             return _by_endpoint(reader, endpoint, spec)
 
     def summary(sealed: Manifest) -> dict[str, Any]:
-        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, ctx.scratch)
+        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, "curation.caption", ctx.scratch)
         finish: Counter[str] = Counter()
         tokens = Counter(prompt_tokens=0, completion_tokens=0)
         for part in sealed.layer(LAYER).parts:

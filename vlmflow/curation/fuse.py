@@ -55,8 +55,9 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
             "prompt": prompts.MERGE, "retry": prompts.RETRY,
         }  # fmt: skip
         endpoint = openai_client.Endpoint(
-            spec.endpoint_env, spec.key_env, str(spec.model_name), concurrency=spec.concurrency, seed=ctx.recipe.seed
-        )
+            spec.endpoint_env, spec.key_env, str(spec.model_name), concurrency=spec.concurrency, seed=ctx.recipe.seed,
+            passing_limit=spec.failure_limit,
+        )  # fmt: skip
     else:
         params |= {"max_words": MAX_WORDS}
 
@@ -78,7 +79,7 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
                 yield from _by_endpoint(window, endpoint, spec)
 
     def summary(sealed: Manifest) -> dict[str, Any]:
-        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, ctx.scratch)
+        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, "curation.fuse", ctx.scratch)
         return {"failures": reasons, **_summary(sealed, ctx.scratch)}
 
     return add_layer(

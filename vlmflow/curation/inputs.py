@@ -98,14 +98,14 @@ def text_of(
     return (text, None) if text else ("", f"{UPSTREAM}{which}: empty text")
 
 
-def check_own_failures(manifest: Manifest, name: str, limit: float, scratch: Any = None) -> list[list[Any]]:
-    """[reason, count] of this layer's failed rows, commonest first.
+def check_own_failures(manifest: Manifest, name: str, limit: float, field: str, scratch: Any = None) -> list[list[Any]]:
+    """[reason, count] of this layer's failed rows, commonest first. `field` is the section of the recipe that sets the limit.
 
     Raises:
         StepFailed: of the samples that reached this step, more than `limit` (share) failed in it.
     """
     listed = list(failures(manifest, name, scratch))
     own = [(key, reason) for key, reason in listed if not reason.startswith(UPSTREAM)]
-    judge_failures(name, own, manifest.samples - (len(listed) - len(own)), limit)
+    judge_failures(name, own, manifest.samples - (len(listed) - len(own)), limit, field)
     counts = Counter(reason for _, reason in listed)
     return [[reason, n] for reason, n in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]

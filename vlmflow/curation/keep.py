@@ -59,7 +59,9 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
     order = ranking(keys, values, spec.order, seed)
     if not order:
         raise DataError(
-            f"dataset '{manifest.name}': none of {manifest.samples} samples has a perplexity; nothing can be kept"
+            f"dataset '{manifest.name}': 0 of {manifest.samples} samples have a perplexity, so there is nothing to rank and the "
+            f"stages that learn from kept samples would have no data. Steps perplexity, fuse and caption gave each sample "
+            "its reason (`error` in their layers; most often a captioning model that writes nothing yet): mend that first."
         )
     repeated: set[int] = set()
     if spec.drop_duplicate_texts:

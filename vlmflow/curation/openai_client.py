@@ -12,6 +12,7 @@ import base64
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +35,7 @@ class Endpoint:
     backoff: float = 0.5  # first pause, doubled each time
     max_backoff: float = 30.0
     seed: int = 0
+    passing_limit: float = 1.0  # largest share of requests that may be lost to causes that pass (timeouts, 5xx)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class ChatAnswer:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     error: str | None = None
+    passing: bool = False  # the error may be gone when the same request is sent later
 
 
 class _Again(Exception):
@@ -78,10 +81,20 @@ def complete(endpoint: Endpoint, requests: Iterable[ChatRequest]) -> list[ChatAn
     Raises:
         RecipeError: the address variable is unset or holds no http(s) URL.
         ServiceError: the server is dead, refuses the key, does not know the model, keeps limiting the rate, or gives
-            nothing but errors. What concerns one request only comes back in its `error`.
+            nothing but errors, or loses more than `passing_limit` of the requests to trouble that passes (written down, these
+            failures would stay when the server is well again). What concerns one request only comes back in its `error`.
     """
     base, key = _address(endpoint), os.environ.get(endpoint.key_env) or None
-    return asyncio.run(_complete_all(endpoint, base, key, iter(requests)))
+    answers = asyncio.run(_complete_all(endpoint, base, key, iter(requests)))
+    lost = Counter(str(answer.error) for answer in answers if answer.passing)
+    if lost.total() > endpoint.passing_limit * len(answers):
+        raise ServiceError(
+            f"the server that {endpoint.url_env} names left {lost.total()} of {len(answers)} requests without an answer after "
+            f"{endpoint.attempts} attempts each ({'; '.join(f'{n} x {reason}' for reason, n in lost.most_common(3))}); the recipe allows "
+            f"{endpoint.passing_limit:.1%} (failure_limit). Shards that are finished stay, this one is not kept: mend the server "
+            "and run the same command again."
+        )
+    return answers
 
 
 def _address(endpoint: Endpoint) -> str:
@@ -189,7 +202,7 @@ def _given_up(endpoint: Endpoint, failed: _Again, tries: int, state: _State) -> 
             f"{where} has not answered one request: {failed.reason}, {tries} attempts. Check that {endpoint.url_env} ends "
             f"in /v1 and that the server speaks the OpenAI chat-completions format. {rest}"
         ) from None
-    return ChatAnswer(error=failed.reason)
+    return ChatAnswer(error=failed.reason, passing=True)
 
 
 async def _attempt(

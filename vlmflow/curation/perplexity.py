@@ -65,7 +65,7 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef) -> Manifest:
                 yield from _score(ready, vlm(), prompt, spec.batch_tokens)
 
     def summary(sealed: Manifest) -> dict[str, Any]:
-        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, ctx.scratch)
+        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, "curation.perplexity", ctx.scratch)
         return {"failures": reasons, **_summary(sealed, ctx.scratch)}
 
     return add_layer(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.fetch import Fetcher, Limits, is_transient
 from vlmflow.curation.pull_shard import Plan, Result, ShardPuller
-from vlmflow.curation.table import Columns, Row, count_rows, localize, read_rows
+from vlmflow.curation.table import Columns, Row, check_columns, count_rows, localize, read_rows
 from vlmflow.dataset.manifest import Lineage, Manifest, save
 from vlmflow.digest import digest
 from vlmflow.errors import DataError, RecipeError, StepFailed
@@ -40,7 +40,8 @@ def run(ctx: Context, dataset: str) -> Manifest:
 
     Raises:
         RecipeError: the recipe has no such dataset. DataError: a table lacks a column or cannot be read.
-        StepFailed: more rows failed than `pull.failure_limit`; finished shards stay, so a rerun fetches only the rest.
+        StepFailed: more rows failed than `pull.failure_limit`; finished shards stay, so a rerun fetches only the rest and
+            what failed.
     """
     if dataset not in ctx.recipe.data:
         raise RecipeError(f"data.{dataset}: no such dataset; the recipe has {sorted(ctx.recipe.data)}")
@@ -48,6 +49,8 @@ def run(ctx: Context, dataset: str) -> Manifest:
     sources = {name: ctx.recipe.data[dataset].sources[name] for name in sorted(ctx.recipe.data[dataset].sources)}
     allow = frozenset(host.lower() for host in pull.allow_hosts)
     paths = {name: localize(source.table, ctx.scratch, allow) for name, source in sources.items()}
+    for name, source in sources.items():  # all of them before anything is fetched
+        check_columns(paths[name], columns_of(source), f"data.{dataset}.sources.{name}", source.table)
     total = sum(count_rows(path) for path in paths.values())
     if not total:
         raise DataError(
@@ -61,13 +64,17 @@ def run(ctx: Context, dataset: str) -> Manifest:
     try:
         with ctx.progress(f"pull {dataset}", total, "rows") as progress:
             for name, source in sources.items():
-                rows = read_rows(paths[name], _columns(source), f"data.{dataset}.sources.{name}")
+                rows = read_rows(paths[name], columns_of(source), f"data.{dataset}.sources.{name}", source.table)
                 puller = ShardPuller(ctx.root, name, source.licence, pull.max_pixels, held, pull.failure_limit)
                 plans = _plans(rows, name, pull.samples_per_shard, {**params, "licence": source.licence})
                 asyncio.run(_pull(puller, plans, _limits(pull, allow), tally, progress, results))
         tally.check(final=True)
         for result in results:
             result.land()
+    except StepFailed:
+        for result in results:
+            result.doubt()
+        raise
     finally:
         shutil.rmtree(held, ignore_errors=True)
     lineage = Lineage(
@@ -100,7 +107,8 @@ def _limits(pull: Any, allow: frozenset[str]) -> Limits:
     )
 
 
-def _columns(source: Any) -> Columns:
+def columns_of(source: Any) -> Columns:
+    """Which columns a source of the recipe names; a text column that nobody named may be absent beside conversations."""
     unnamed = source.conversations_column is not None and "text_column" not in source.model_fields_set
     return Columns(source.url_column, source.text_column, source.conversations_column, source.id_column, unnamed)
 
@@ -143,7 +151,8 @@ async def _pull(
             finally:
                 for task in tasks[counted:]:
                     task.cancel()
-                await asyncio.gather(*tasks[counted:], return_exceptions=True)
+                left = await asyncio.gather(*tasks[counted:], return_exceptions=True)
+                results += [result for result in left if isinstance(result, Result)]
 
 
 class _Tally:
@@ -198,5 +207,8 @@ class _Tally:
         if any(is_transient(reason) for reason in self.counts["reason"]):
             text += f" {self.held} shards with such passing failures were not kept: run the step again to fetch them."
         else:
-            text += " Mend the table, or raise the limit if this loss is acceptable."
+            text += (
+                " Mend the pictures or the table, or raise the limit if this loss is acceptable; the next run fetches the failed "
+                "rows again and keeps the others."
+            )
         raise StepFailed(text)

@@ -27,7 +27,7 @@ from vlmflow.dataset.manifest import ShardRef
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import INDEX_SUFFIX, ShardReader, describe_shard, write_shard
 from vlmflow.digest import sha256_bytes
-from vlmflow.errors import NotFound
+from vlmflow.errors import DataError, NotFound
 
 COLUMNS = ("row", "key", "source", "url", "host", "reason", "detail")
 SPOOL = 64 << 10  # accepted images above this many bytes wait on disk for their shard, not in memory
@@ -61,12 +61,21 @@ class Result:
     duplicates: int
     local: list[tuple[Path, str]] = field(default_factory=list)  # files of a held shard: (path, uri), tar last
     held: bool = False
+    doubted: bool = False  # a mark lies beside the shard
 
     def land(self) -> None:
         """Put a held shard in its place; nothing to do for others."""
         for path, uri in self.local:
             storage.put_file(path, uri)
         self.local = []
+        if self.doubted:
+            storage.delete(_mark(self.ref.uri))
+
+    def doubt(self) -> None:
+        """Mark a finished shard whose failures were part of a verdict against the dataset: the next run fetches its failed
+        rows again (a picture may have been mended under the same URL), and takes the others from the shard."""
+        if self.failures and not self.held:
+            storage.write_json(_mark(self.ref.uri), {"failed": len(self.failures)})
 
     def reader(self) -> ShardReader:
         """The shard's samples, wherever it lies."""
@@ -96,9 +105,10 @@ class ShardPuller:
         loop = asyncio.get_running_loop()
         uri = storage.join(self.root, "shards", f"{plan.name}.tar")
         found = await loop.run_in_executor(pool, _finished, uri, plan)
-        if found:
+        if found and not found.doubted:
             advance(len(plan.rows))
             return found
+        before = await loop.run_in_executor(pool, _readable, found) if found else None
         work = self.scratch / plan.name
         work.mkdir(parents=True, exist_ok=True)
         fetches: dict[str, asyncio.Task[Accepted | Rejected]] = {}
@@ -108,6 +118,10 @@ class ShardPuller:
             if owner < plan.index:
                 known = await loop.run_in_executor(pool, _known, await earlier[owner], plan.key(plan.owners[url]), url)
                 if known is not None:
+                    return known
+            elif before:
+                known = await loop.run_in_executor(pool, _known, before, plan.key(plan.owners[url]), url)
+                if isinstance(known, Accepted):
                     return known
             fetched = await fetcher.get(url)
             if fetched.data is None:
@@ -132,7 +146,7 @@ class ShardPuller:
 
         try:
             done = await asyncio.gather(*(row(r) for r in plan.rows))
-            return await loop.run_in_executor(pool, self._write, plan, uri, work, done)
+            return await loop.run_in_executor(pool, self._write, plan, uri, work, done, found is not None)
         finally:
             for task in fetches.values():
                 task.cancel()
@@ -156,7 +170,7 @@ class ShardPuller:
             meta["extra"] = row.extra
         return Sample(key, meta, tuple(image.data for image in images))
 
-    def _write(self, plan: Plan, uri: str, work: Path, done: list[Sample | dict[str, Any]]) -> Result:
+    def _write(self, plan: Plan, uri: str, work: Path, done: list[Sample | dict[str, Any]], doubted: bool) -> Result:
         failures = [d for d in done if isinstance(d, dict)]
         samples = [d for d in done if isinstance(d, Sample)]
         converted = Counter(i["converted_from"] for s in samples for i in s.meta["images"] if "converted_from" in i)
@@ -173,7 +187,7 @@ class ShardPuller:
         sidecar.write_bytes(_failures_parquet(failures, about))
         for spooled in work.glob("*.image"):
             spooled.unlink()
-        result = Result(ref, len(plan.rows), failures, dict(converted), plan.duplicates)
+        result = Result(ref, len(plan.rows), failures, dict(converted), plan.duplicates, doubted=doubted)
         result.local = [(sidecar, _sidecar(uri)), (Path(f"{tar}{INDEX_SUFFIX}"), uri + INDEX_SUFFIX), (tar, uri)]
         passing = sum(is_transient(f["reason"]) for f in failures)
         result.held = passing > self.limit * len(plan.rows)
@@ -230,6 +244,18 @@ def _sidecar(uri: str) -> str:
     return uri.removesuffix(".tar") + ".failures.parquet"
 
 
+def _mark(uri: str) -> str:
+    return uri.removesuffix(".tar") + ".retry.json"
+
+
+def _readable(found: Result) -> Result | None:
+    """A finished shard if it holds what its record says: a run may have died between two files of another attempt."""
+    try:
+        return found if ShardReader(found.ref).path else None
+    except (DataError, NotFound):
+        return None
+
+
 def _host(url: str | None) -> str:
     try:
         return (urlsplit(url or "").hostname or "").lower()
@@ -257,13 +283,16 @@ def read_failures(shard_uri: str) -> tuple[list[dict[str, Any]], dict[str, Any]]
 
 
 def _finished(uri: str, plan: Plan) -> Result | None:
-    """The shard of an earlier run if all of it is there, else None."""
+    """The shard of an earlier run if all of it is there and no file of it was cut, else None."""
+    import pyarrow as pa
+
     try:
         size = storage.size(uri)
         failures, about = read_failures(uri)
         ref = ShardRef.model_validate({**about["ref"], "uri": uri})
-        if size != ref.bytes or not storage.exists(uri + INDEX_SUFFIX):
+        if size != ref.bytes or len(storage.read_json(uri + INDEX_SUFFIX)) != ref.samples:
             return None
-    except NotFound:
+    except (NotFound, DataError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
-    return Result(ref, about["rows"], failures, about["converted"], about["duplicates"])
+    doubted = bool(failures) and storage.exists(_mark(uri))
+    return Result(ref, about["rows"], failures, about["converted"], about["duplicates"], doubted=doubted)

@@ -11,6 +11,7 @@ import csv
 import gzip
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 from vlmflow import storage
 from vlmflow.digest import digest
-from vlmflow.errors import DataError
+from vlmflow.errors import DataError, ServiceError
 
 FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 MAX_TABLE_BYTES = 4 << 30  # of a table that is fetched over HTTP
@@ -61,7 +62,8 @@ def localize(uri: str, scratch: Path, allow_hosts: frozenset[str] = frozenset())
     """A local path of a table at file://, s3:// or http(s):// (of a host in `pull.allow_hosts`).
 
     Raises:
-        NotFound: no such object. DataError: a host that is not allowed, or a fetch that failed.
+        NotFound: no such object. DataError: a host that is not allowed, or a fetch that failed. ServiceError: no server
+        answers.
     """
     local = storage.local_path(uri)
     if local is not None:
@@ -76,7 +78,7 @@ def localize(uri: str, scratch: Path, allow_hosts: frozenset[str] = frozenset())
     check_host(uri, allow_hosts)
     import asyncio
 
-    from vlmflow.curation.fetch import Fetcher, Limits
+    from vlmflow.curation.fetch import Fetcher, Limits, is_transient
 
     async def fetch() -> Any:
         async with Fetcher(Limits(timeout=600.0, max_bytes=MAX_TABLE_BYTES, allow_hosts=allow_hosts)) as fetcher:
@@ -84,8 +86,14 @@ def localize(uri: str, scratch: Path, allow_hosts: frozenset[str] = frozenset())
 
     found = asyncio.run(fetch())
     if found.data is None:
-        dead = "; no server answers there: start it, or mend the recipe's address" if found.reason == "refused" else ""
-        raise DataError(f"table {uri} could not be fetched: {found.reason} ({found.detail}){dead}")
+        if is_transient(found.reason or ""):
+            raise ServiceError(
+                f"table {uri} could not be fetched: {found.reason} ({found.detail}); no server answers there as it should. "
+                "Start it, or mend the recipe's address, and run the same command again: finished work is kept."
+            )
+        raise DataError(
+            f"table {uri} could not be fetched: {found.reason} ({found.detail}); mend the recipe's address, or put the table there"
+        )
     storage.write_bytes(str(path), found.data)
     return path
 
@@ -107,27 +115,43 @@ def count_rows(path: Path) -> int:
     return sum(1 for _ in _records(path))
 
 
-def read_rows(path: Path, columns: Columns, field_name: str) -> Iterator[Row]:
-    """All rows of a table in order. `field_name` is where the recipe names the columns, e.g. `data.web.sources.web`.
+def read_rows(path: Path, columns: Columns, field_name: str, shown: str = "") -> Iterator[Row]:
+    """All rows of a table in order. `field_name` is where the recipe names the columns, e.g. `data.web.sources.web`;
+    `shown` is the table's address as the user knows it.
 
     Raises:
         DataError: a named column that the table lacks, an unknown format, a table that cannot be parsed.
     """
-    records = _records(path)
-    head = list(islice(records, _PEEK))
-    present = _parquet(path).schema_arrow.names if _format(path) == ".parquet" else list(dict.fromkeys(chain(*head)))
+    columns, head, records = _open(path, columns, field_name, shown)
+    named = {columns.url, columns.text, columns.conversations, columns.id}
+    for index, record in enumerate(chain(head, records)):
+        yield _row(index, record, columns, named)
+
+
+def check_columns(path: Path, columns: Columns, field_name: str, shown: str = "") -> None:
+    """Refuse a table that lacks a named column, from its first records; raises what `read_rows` raises."""
+    _open(path, columns, field_name, shown)
+
+
+def _open(path: Path, columns: Columns, field_name: str, shown: str) -> tuple[Columns, list[Any], Iterator[Any]]:
+    """The columns that the table really has, its first records, and the records after them."""
+    try:
+        records = _records(path)
+        head = list(islice(records, _PEEK))
+        whole = _format(path) == ".parquet"
+        present = _parquet(path).schema_arrow.names if whole else list(dict.fromkeys(chain(*head)))
+    except DataError as error:
+        raise DataError(f"{field_name}.table: {shown or path}: {error}") from error
     if columns.text_optional and columns.text not in present:
         columns = replace(columns, text=None)
     for kind in ("url", "text", "conversations", "id"):
         name = getattr(columns, kind)
-        if name is not None and name not in present and (head or _format(path) == ".parquet"):
+        if name is not None and name not in present and (head or whole):
             raise DataError(
-                f"table {path.name} has no column '{name}'; it has {present}. Set {field_name}.{kind}_column to the one that "
+                f"table {shown or path.name} has no column '{name}'; it has {present}. Set {field_name}.{kind}_column to the one that "
                 f"holds the {kind}, or to null if there is none."
             )
-    named = {columns.url, columns.text, columns.conversations, columns.id}
-    for index, record in enumerate(chain(head, records)):
-        yield _row(index, record, columns, named)
+    return columns, head, records
 
 
 def _row(index: int, record: Mapping[str, Any], columns: Columns, named: set[str | None]) -> Row:
@@ -230,6 +254,16 @@ def _records(path: Path) -> Iterator[Mapping[str, Any]]:
         for batch in _parquet(path).iter_batches(batch_size=_PEEK):
             yield from batch.to_pylist()
         return
+    try:
+        yield from _text_records(path, kind)
+    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(
+            f"table {path.name} cannot be read to its end as {kind} in UTF-8 ({type(error).__name__}: {error}); "
+            "it was cut, or saved in another encoding"
+        ) from error
+
+
+def _text_records(path: Path, kind: str) -> Iterator[Mapping[str, Any]]:
     opener: Any = gzip.open if path.name.endswith(".gz") else open
     with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
         if kind in (".csv", ".tsv"):

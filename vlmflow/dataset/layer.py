@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 Compute = Callable[[ShardReader, dict[str, dict[str, Row]]], Iterable[Row]]
+_ROWS_HASH = b"vlmflow.rows.sha256"
 SCHEMA_TYPES = ("str", "int", "float", "bool", "list<str>", "list<float>", "json")
 
 
@@ -73,6 +74,7 @@ def write_part(uri: str, rows: list[Row], schema: Mapping[str, str]) -> LayerPar
         )
 
     table = pa.table({name: [cell(row, name) for row in rows] for name in arrow.names}, schema=arrow)
+    table = table.replace_schema_metadata({**arrow.metadata, _ROWS_HASH: _hash(table)})
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     data = buffer.getvalue()
@@ -80,16 +82,23 @@ def write_part(uri: str, rows: list[Row], schema: Mapping[str, str]) -> LayerPar
     return LayerPart(uri=uri, sha256=sha256_bytes(data), rows=len(rows), failed=sum(bool(r.get("error")) for r in rows))
 
 
-def _rows(data: bytes, uri: str) -> list[Row]:
+def _hash(table: Any) -> bytes:
+    """Hash of a part's rows as they are stored; it stands in the part, which may be found again before a manifest is."""
+    return sha256_bytes(json.dumps(table.to_pylist(), sort_keys=True, ensure_ascii=False).encode()).encode()
+
+
+def _rows(data: bytes, uri: str, verify: bool = False) -> list[Row]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         table = pq.read_table(io.BytesIO(data))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise DataError(
-            f"{uri}: {len(data)} bytes that are not Parquet ({error}); delete it and run the step again"
+            f"{uri}: {len(data)} bytes that are not whole Parquet ({error}); delete it and run the step again"
         ) from error
+    if verify and (table.schema.metadata or {}).get(_ROWS_HASH) != _hash(table):
+        raise DataError(f"{uri}: its rows are not those that were written; delete it and run the step again")
     kinds = json.loads((table.schema.metadata or {}).get(b"vlmflow.kinds", b"{}"))
     rows = table.to_pylist()
     for name in kinds:
@@ -127,8 +136,8 @@ def _finished(uri: str, shard: ShardRef) -> LayerPart | None:
         return None
     data = storage.read_bytes(uri)
     try:
-        rows = _rows(data, uri)
-    except DataError:
+        rows = _rows(data, uri, verify=True)
+    except (DataError, ValueError, KeyError):
         rows = []
     if len(rows) != shard.samples:
         storage.delete(uri)
@@ -251,13 +260,16 @@ def check_failures(manifest: Manifest, name: str, limit: float, scratch: Any = N
         judge_failures(name, list(failures(manifest, name, scratch)), manifest.samples, limit)
 
 
-def judge_failures(name: str, failed: list[tuple[str, str]], samples: int, limit: float) -> None:
-    """Raise StepFailed when the (key, reason) pairs are more than the share `limit` of `samples`."""
+def judge_failures(name: str, failed: list[tuple[str, str]], samples: int, limit: float, section: str = "") -> None:
+    """Raise StepFailed when the (key, reason) pairs are more than the share `limit` of `samples`.
+
+    `section` is where the recipe sets that limit, e.g. `curation.fuse`.
+    """
     if not failed or len(failed) <= limit * samples:
         return
     reasons = Counter(reason for _, reason in failed).most_common(3)
     raise StepFailed(
         f"step '{name}': {len(failed)} of {samples} samples failed ({len(failed) / samples:.1%}), the recipe allows "
-        f"{limit:.1%} (failure_limit). Commonest: {'; '.join(f'{n} x {reason}' for reason, n in reasons)}. "
+        f"{limit:.1%} ({section + '.' if section else ''}failure_limit). Commonest: {'; '.join(f'{n} x {reason}' for reason, n in reasons)}. "
         f"First: sample {failed[0][0]}. Mend the cause, or raise the limit if this loss is acceptable."
     )

@@ -103,7 +103,13 @@ class ShardReader:
         self.uri = ref.uri if ref else str(shard)
         self._sha256, self._scratch = ref.sha256 if ref else None, scratch
         index = storage.cached(self.uri + INDEX_SUFFIX, None, scratch, belongs_to=self._sha256)
-        self.index: dict[str, dict[str, list[int]]] = json.loads(index.read_bytes())
+        try:
+            self.index: dict[str, dict[str, list[int]]] = json.loads(index.read_bytes())
+        except ValueError as error:
+            raise DataError(
+                f"{self.uri}{INDEX_SUFFIX} holds {index.stat().st_size} bytes that are not JSON ({error}): it was cut or changed. "
+                "Delete it and run the step that made the shard again (for pulled shards, pull)."
+            ) from error
         if ref and len(self.index) != ref.samples:
             raise DataError(
                 f"{self.uri}: the index lists {len(self.index)} samples but the manifest says {ref.samples}; "

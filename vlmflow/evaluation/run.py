@@ -67,8 +67,8 @@ def evaluate(
     vlm: Generates | None = None
     for plan in plans:
         marker = storage.join(plan.uri, "score.json")
-        if storage.exists(marker):
-            results[plan.name] = BenchmarkScore.model_validate(storage.read_json(marker))
+        if (known := storage.read_finished(marker, BenchmarkScore)) is not None:
+            results[plan.name] = known
             continue
         if vlm is None:
             vlm = _load(folder())

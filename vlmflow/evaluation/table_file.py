@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO
 from vlmflow import storage, web
 from vlmflow.digest import digest
 from vlmflow.errors import AccessDenied, NotFound, StorageError, Unreachable
-from vlmflow.storage_file import write_atomically
+from vlmflow.storage_file import full_disk, write_atomically
 
 if TYPE_CHECKING:
     from vlmflow.recipe.results import BenchmarkSpec
@@ -79,6 +79,8 @@ def _download(uri: str, path: Path, allow_hosts: Iterable[str]) -> None:
             if e.code < 500 and e.code != 429:
                 raise StorageError(f"benchmark table {uri}: {problem}") from None
         except (OSError, http.client.HTTPException) as e:
+            if (full := full_disk(e)) is not None:
+                raise full from e
             if refused := web.forbidden(e):
                 raise AccessDenied(
                     f"benchmark table {uri}: {refused}, an address of a private network, which a recipe may not read. Name "

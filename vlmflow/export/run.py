@@ -74,8 +74,8 @@ def run(
         files = store.describe_files(target)
         address = digest([[file.path, file.sha256] for file in files])
         uri = storage.join(ctx.root, "exports", address)
-        if storage.exists(storage.join(uri, MARKER)):
-            return ExportRef.model_validate(storage.read_json(storage.join(uri, MARKER)))
+        if (known := storage.read_finished(storage.join(uri, MARKER), ExportRef)) is not None:
+            return known
         outcome = smoke.compare(source, target, questions(ctx), ctx.recipe.evaluation.max_new_tokens, ctx.scratch)
         with ctx.progress("export", len(files), "files") as progress:
             for file in files:

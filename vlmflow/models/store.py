@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from vlmflow import storage
 from vlmflow.digest import digest, sha256_file
-from vlmflow.errors import ModelError
+from vlmflow.errors import ModelError, NotFound
 
 if TYPE_CHECKING:
     from vlmflow.step import Context
@@ -122,7 +123,11 @@ def find(ctx: Context, key: str) -> ModelRef | None:
 
 
 def fetch(ref: ModelRef, scratch: str | Path | None = None) -> Path:
-    """A local folder with the model; every file's hash is verified. Raises ModelError for a changed file."""
+    """A local folder with the model; every file's hash is verified.
+
+    Raises:
+        ModelError: a file is missing or was changed or cut, and how the model is made again.
+    """
     if (local := storage.local_path(ref.uri)) is not None:
         for file in ref.files:
             _verify(ref, file, local / file.path)
@@ -134,19 +139,25 @@ def fetch(ref: ModelRef, scratch: str | Path | None = None) -> Path:
         for file in ref.files:
             target = folder / file.path
             target.parent.mkdir(parents=True, exist_ok=True)
-            storage.get_file(storage.join(ref.uri, file.path), target)
+            with suppress(NotFound):  # said by the check
+                storage.get_file(storage.join(ref.uri, file.path), target)
             _verify(ref, file, target)
         done.touch()
     return folder
 
 
 def _verify(ref: ModelRef, file: FileRef, path: Path) -> None:
-    found = sha256_file(path) if path.is_file() else "(there is no such file)"
-    if found != file.sha256:
-        raise ModelError(
-            f"model '{ref.name}': {file.path} has sha256 {found[:24]} but {file.sha256[:24]} was recorded; the stored copy at "
-            f"{ref.uri} was changed or cut. Delete its {MARKER} and run the step that made it again."
-        )
+    if path.is_file() and (found := sha256_file(path)) == file.sha256:
+        return
+    size = path.stat().st_size if path.is_file() else 0
+    what = f"has {size} bytes and sha256 {found[:16]}…" if path.is_file() else "is missing"
+    if storage.local_path(ref.uri) is None:
+        path.unlink(missing_ok=True)  # our copy; the store's own file is left for its owner to look at
+    raise ModelError(
+        f"model '{ref.name}': {file.path} {what}, {file.bytes} bytes with sha256 {file.sha256[:16]}… were recorded: the copy in the "
+        f"store was changed or cut after it was written, and what it would say is not what was trained. Delete "
+        f"{storage.join(ref.uri, MARKER)} and run the same command again; step '{ref.lineage.step}' then makes it anew."
+    )
 
 
 def load_ref(path_or_uri: str | Path) -> ModelRef:
@@ -155,7 +166,10 @@ def load_ref(path_or_uri: str | Path) -> ModelRef:
     try:
         return ModelRef.model_validate(json.loads(data))
     except (ValueError, ValidationError) as error:
-        raise ModelError(f"{path_or_uri} is not a model reference: {error}") from error
+        raise ModelError(
+            f"{path_or_uri} holds {len(data)} bytes that are not a model reference: it was cut or changed. Delete it and run the same "
+            f"command again; the step that made the model makes it anew. ({error})"
+        ) from error
 
 
 def dump_ref(ref: ModelRef, path: str | Path) -> None:

@@ -178,7 +178,10 @@ def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]
                 raise RecipeError(
                     f"override '{item}': '{'.'.join(parents[:depth])}' is not a section and has no field '{part}'"
                 )
-        value = yaml.safe_load(text)
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RecipeError(f"override '{item}': the value is not YAML ({' '.join(str(error).split())})") from error
         if isinstance(node, list) and last.isdigit() and int(last) < len(node):
             node[int(last)] = value
         elif isinstance(node, dict):
@@ -197,9 +200,14 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     import yaml
 
     from vlmflow import storage
+    from vlmflow.errors import NotFound
 
     try:
         raw = yaml.safe_load(storage.read_bytes(str(path)))
+    except NotFound as error:
+        raise RecipeError(
+            f"there is no recipe at {path} ({error}); give the path or URI of a YAML file, e.g. recipes/points-tiny.yaml"
+        ) from error
     except yaml.YAMLError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
@@ -239,9 +247,9 @@ def _explain(problem: Any, raw: dict[str, Any]) -> list[str]:
     location = [str(part) for part in problem["loc"]]
     field = ".".join(location) or "recipe"
     if problem["type"] == "extra_forbidden":
-        siblings = _fields_at(location[:-1])
+        siblings = list(_schema_at(location[:-1]).get("properties", {}))
         close = difflib.get_close_matches(location[-1], siblings, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else ""
+        hint = f"; did you mean '{close[0]}'?" if close else "."
         return [f"{field}: no such field{hint} Allowed here: {', '.join(sorted(siblings))}"]
     if problem["type"] == "missing":
         return [f"{field}: this field is required"]
@@ -250,11 +258,12 @@ def _explain(problem: Any, raw: dict[str, Any]) -> list[str]:
         return message.split("\n")
     value = problem.get("input")
     shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
-    return [f"{field}: {message}{shown}"]
+    meant = _schema_at(location).get("description", "").split("\n")[0]
+    return [f"{field}: {message}{shown}" + (f"; the field is: {meant}" if meant else "")]
 
 
-def _fields_at(location: list[str]) -> list[str]:
-    """Field names of the section at a path, found through the schema."""
+def _schema_at(location: list[str]) -> dict[str, Any]:
+    """What the schema says of the field or section at a path; empty where the schema has no such place."""
     schema = Recipe.model_json_schema()
     node: dict[str, Any] = schema
 
@@ -262,23 +271,30 @@ def _fields_at(location: list[str]) -> list[str]:
         while True:
             options = [o for o in part.get("anyOf", []) if o.get("type") != "null"]
             if "$ref" in part:
-                part = schema["$defs"][part["$ref"].rsplit("/", 1)[-1]]
+                part = {**schema["$defs"][part["$ref"].rsplit("/", 1)[-1]], **_own(part)}
             elif options:
-                part = options[0]
+                part = {**options[0], **_own(part)}
             else:
                 return part
 
     for name in location:
         node = resolve(node)
+        keyed = [*node.get("patternProperties", {}).values(), node.get("additionalProperties")]
+        named = [section for section in keyed if isinstance(section, dict)]
         if name in node.get("properties", {}):
             node = node["properties"][name]
         elif name.isdigit() and "items" in node:
             node = node["items"]
-        elif isinstance(node.get("additionalProperties"), dict):
-            node = node["additionalProperties"]
+        elif named:
+            node = named[0]
         else:
-            return []
-    return list(resolve(node).get("properties", {}))
+            return {}
+    return resolve(node)
+
+
+def _own(part: dict[str, Any]) -> dict[str, Any]:
+    """What a reference says beside the section that it refers to."""
+    return {key: value for key, value in part.items() if key == "description"}
 
 
 def dump(recipe: Recipe) -> str:

@@ -110,7 +110,9 @@ def run(
             model_id, source = _logged_model(ctx, mlflow, model, experiment_id, run_id, tags, name)
             _log_scores(mlflow, run_id, rows, final, model_id)
             _log_documents(mlflow, run_id, ctx, scores, soup)
-            made = mlflow.create_model_version(
+            if not os.environ.get("MLFLOW_RUN_ID"):  # a given run is ended by whoever opened it
+                mlflow.set_terminated(run_id, "FINISHED")
+            made = mlflow.create_model_version(  # last: a version says that all of this is there
                 name, source, run_id=run_id, tags=tags, model_id=model_id, description=_description(rows, final)
             )
             version, source = str(made.version), str(made.source)
@@ -118,9 +120,6 @@ def run(
             run_id, source, version = str(version.run_id), str(version.source), str(version.version)
             for result in results:
                 mlflow.set_model_version_tag(name, version, *result.tag)
-        given = os.environ.get("MLFLOW_RUN_ID")  # a given run is ended by whoever opened it
-        if not given and mlflow.get_run(run_id).info.status == "RUNNING":
-            mlflow.set_terminated(run_id, "FINISHED")
     return Registered(
         name=name, version=version, run_id=run_id, source=source,
         url=f"{tracking.shown_uri()}/#/models/{name}/versions/{version}",

@@ -123,8 +123,8 @@ class _Kitchen:
         """Selection scores of the mean of these candidates; a set that was scored before is not even averaged."""
         names = sorted(names, key=lambda n: (self.identity[n], n))
         uri = storage.join(self.ctx.root, "scores", "sets", f"{digest([self.key(names), self.settings])[:32]}.json")
-        if storage.exists(uri):
-            return Scores.load(uri)
+        if (known := storage.read_finished(uri, Scores)) is not None:
+            return known
         ref = self.candidates[names[0]] if len(names) == 1 else store.find(self.ctx, f"soup-{self.key(names)}")
         if ref is not None:
             scores = evaluation.run(self.ctx, ref, "selection")

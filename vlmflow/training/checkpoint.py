@@ -17,7 +17,7 @@ from typing import Any
 
 from vlmflow import storage
 from vlmflow.digest import sha256_bytes, sha256_file
-from vlmflow.errors import CheckpointError, VlmflowError
+from vlmflow.errors import CheckpointError, DataError, NotFound
 
 MARKER = "COMPLETE.json"
 WEIGHTS, MOMENTS, STATE, LOG = "model.safetensors", "optimizer.safetensors", "state.json", "train_log.jsonl"
@@ -119,6 +119,7 @@ def newest(base: str, plan: str, work: Path) -> tuple[Checkpoint | None, list[st
         plan: digest of the pack plan that the checkpoint must have been trained by.
 
     Raises:
+        StorageError: the store does not answer, or the disk of ``work`` is full: that says nothing of the checkpoint.
         CheckpointError: a complete checkpoint belongs to another plan, so its step number means something else.
     """
     ignored: list[str] = []
@@ -130,7 +131,7 @@ def newest(base: str, plan: str, work: Path) -> tuple[Checkpoint | None, list[st
             continue
         try:
             folder = _fetch(storage.join(base, name), work / name)
-        except (VlmflowError, ValueError, KeyError) as error:
+        except (CheckpointError, DataError, NotFound, ValueError, KeyError, TypeError, AttributeError) as error:
             ignored.append(f"{name}: {error}")
             continue
         state = json.loads((folder / STATE).read_text())
@@ -149,8 +150,10 @@ def _fetch(uri: str, folder: Path) -> Path:
     for name, about in files.items():
         path = folder / name
         storage.get_file(storage.join(uri, name), path)
-        if path.stat().st_size != about["bytes"] or sha256_file(path) != about["sha256"]:
+        if (size := path.stat().st_size) != about["bytes"]:
+            raise CheckpointError(f"{name} has {size} bytes, {about['bytes']} were recorded: it was cut or changed")
+        if (found := sha256_file(path)) != about["sha256"]:
             raise CheckpointError(
-                f"{name} has {path.stat().st_size} bytes or a hash other than the {about['bytes']} bytes recorded; cut or changed"
+                f"{name} has sha256 {found[:16]}…, {about['sha256'][:16]}… was recorded: its content was cut or changed after it was written"
             )
     return folder

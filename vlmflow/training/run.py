@@ -156,7 +156,7 @@ def _train(ctx: Context, job: Job, path: Path) -> dict[str, Any]:
                 shown["progress"].advance(event["step"] - shown["done"])
                 shown["done"] = event["step"]
             elif kind == "note":
-                print(f"[train {job.label}] {event['text']}", file=sys.stderr, flush=True)
+                ctx.notice(event["text"])
 
         launch([path], job.stage.processes, job.stage.threads, on_event)
     return table

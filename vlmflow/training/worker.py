@@ -14,6 +14,7 @@ import traceback
 from pathlib import Path
 
 from vlmflow.errors import VlmflowError
+from vlmflow.storage_file import full_disk
 from vlmflow.training.job import PREEMPTED, Job, emit
 
 
@@ -47,6 +48,11 @@ def main(argv: list[str]) -> int:
     except VlmflowError as error:
         emit(event="error", kind=type(error).__name__, message=str(error))
         return error.exit_code
+    except Exception as error:
+        if (full := full_disk(error)) is None:
+            raise
+        emit(event="error", kind=type(full).__name__, message=str(full))
+        return full.exit_code
     return 0
 
 
