@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 LANES = 2  # tasks of a loop that kfp.local runs at a time (platform.md 1.2, L8)
 FIRST_RUN_SECONDS = {
-    "preflight": 2, "pull": 6, "initial": 6, "train-bootstrap": 60, "ocr": 40, "caption": 30, "fuse": 3,
-    "perplexity": 15, "keep": 3, "train-ocr": 30, "train-align": 30, "plan": 1, "train-sft": 60, "soup": 20,
-    "lineup": 1, "evaluate": 20, "register": 8, "export": 10, "report": 5,
+    "preflight": 1, "pull": 4, "initial": 4, "train-bootstrap": 85, "ocr": 11, "caption": 7, "fuse": 1,
+    "perplexity": 9, "keep": 1, "train-ocr": 11, "train-align": 7, "plan": 1, "train-sft": 30, "soup": 9,
+    "lineup": 1, "evaluate": 18, "register": 2, "export": 8, "report": 1,
 }  # fmt: skip
 UNKNOWN_SECONDS = 10.0
 PRIOR = 0.1  # share of the whole that must be seen before this run's speed outweighs the remembered one
