@@ -151,7 +151,8 @@ def histograms(
         x = sx(cut)
         marks.append(_line(x, top - 4, x, floor, "cut"))
         side = "end" if x > width * 0.75 else "start"
-        marks.append(_text(x + (-6 if side == "end" else 6), 12, f"cut at {short(float(cut))}", side, "t strong"))
+        clear = max(x + 6, left + 170)  # right of the first group's name
+        marks.append(_text(x - 6 if side == "end" else clear, 12, f"cut at {short(float(cut))}", side, "t strong"))
     return _svg(width, height, axis, *marks)
 
 

@@ -40,7 +40,10 @@ def _curated(page: Page) -> Safe:
             order = ", from the lowest perplexity to the highest" if any(row.get("ppl", "ppl") for row in group) else ""
             title = f"{label}: {len(shown)} of {len(group)}{order}"
             rows.append(el("tr", el("td", title, colspan=len(head)), cls="group"))
-            rows += [el("tr", *(el("td", cell) for cell in _cells(page, row))) for row in shown]
+            cells = [zip(head, _cells(page, row), strict=True) for row in shown]
+            rows += [
+                el("tr", *(el("td", cell, cls="num" if name == "PPL" else None) for name, cell in row)) for row in cells
+            ]
     body = el("table", el("thead", el("tr", *(el("th", h) for h in head))), el("tbody", *rows), cls="samples")
     return join([
         el("p", "Chosen evenly over the ranking, not by hand.", cls="lead"),
