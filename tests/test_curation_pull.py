@@ -325,3 +325,11 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_manifest(server, 
     other = pull.run(clean, "web")
     assert [(s.sha256, s.samples) for s in other.shards] == [(s.sha256, s.samples) for s in manifest.shards]
     assert other.lineage == manifest.lineage
+
+
+def test_a_resolved_recipe_asks_for_no_other_columns_than_the_written_one():
+    """`dump` spells out every default; a table of conversations without a text column must stay fine."""
+    written = SourceSpec(table="t.parquet", conversations_column="conversations")
+    resolved = SourceSpec.model_validate(written.model_dump())
+    assert pull.columns_of(resolved) == pull.columns_of(written)
+    assert pull.columns_of(resolved).text_optional

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  # raise when the same rows and limits would give other shards
 AHEAD = 3  # shards in flight, so that a slow row of one does not idle the connections
+DEFAULT_TEXT = "text"
 DECODERS = 4  # threads that check images; Pillow releases the interpreter lock while it decodes
 
 
@@ -108,8 +109,11 @@ def _limits(pull: Any, allow: frozenset[str]) -> Limits:
 
 
 def columns_of(source: Any) -> Columns:
-    """Which columns a source of the recipe names; a text column that nobody named may be absent beside conversations."""
-    unnamed = source.conversations_column is not None and "text_column" not in source.model_fields_set
+    """Which columns a source of the recipe names; beside conversations, a text column of the default name may be absent.
+
+    By its name, not by whether it was written: a resolved recipe spells out every default.
+    """
+    unnamed = source.conversations_column is not None and source.text_column == DEFAULT_TEXT
     return Columns(source.url_column, source.text_column, source.conversations_column, source.id_column, unnamed)
 
 

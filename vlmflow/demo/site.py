@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -46,29 +47,14 @@ def build(folder: Path, sizes: Sizes | None = None, seed: int = 17) -> Path:
     libraries = {name: version(name) for name in ("numpy", "pillow", "matplotlib", "scikit-learn")}
     code = {path.name: sha256_file(path) for path in (*_HERE.glob("*.py"), Path(prompts.__file__))}
     name = digest({"code": code, "sizes": vars(sizes), "seed": seed, "libraries": libraries})[:16]
-    final = folder / name
-    if final.is_dir():
-        return final
     folder.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=folder))
-    try:
-        _write(draft, Plan(sizes, seed))
-        os.rename(draft, final)
-    except OSError:
-        if not final.is_dir():
-            raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return final
+    return _made(folder / name, lambda draft: _write(draft, Plan(sizes, seed)))
 
 
 def tables(site: Path, base_url: str) -> Path:
     """The directory of the tables whose URLs begin with `base_url`, written if it is not there yet."""
-    final = site / ("at-" + base_url.split("//")[1].replace(":", "-"))
-    if final.is_dir():
-        return final
-    draft = Path(tempfile.mkdtemp(prefix=".tables-", dir=site))
-    try:
+
+    def fill(draft: Path) -> None:
         for name, path in TABLES.items():
             rows = json.loads((site / "rows" / f"{name}.json").read_text())
             for row in rows:
@@ -76,6 +62,17 @@ def tables(site: Path, base_url: str) -> Path:
             target = draft / path
             target.parent.mkdir(parents=True, exist_ok=True)
             (_csv if path.endswith(".csv") else _parquet)(target, rows)
+
+    return _made(site / ("at-" + base_url.split("//")[1].replace(":", "-")), fill)
+
+
+def _made(final: Path, fill: Callable[[Path], None]) -> Path:
+    """The directory `final`, filled under another name and renamed unless it is there: whole or absent."""
+    if final.is_dir():
+        return final
+    draft = Path(tempfile.mkdtemp(prefix=f".{final.name}-", dir=final.parent))
+    try:
+        fill(draft)
         os.rename(draft, final)
     except OSError:
         if not final.is_dir():
