@@ -112,7 +112,7 @@ def test_export(tmp_path, monkeypatch):
     from vlmflow.export import smoke
     from vlmflow.models.initial import save
 
-    ctx = samples.context(tmp_path, evaluation={"benchmarks": {}})
+    ctx = samples.context(tmp_path, evaluation={"benchmarks": {}}, registry={"model": "points-test"})
     ctx.root = str(tmp_path / "root")
     save(models_tiny.build(), models_tiny.tokenizer(), tmp_path / "model")
     model = store.publish(ctx, tmp_path / "model", "points-test", store.ModelLineage(step="train"), "k")
