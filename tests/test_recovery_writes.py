@@ -127,7 +127,6 @@ def test_export(tmp_path, monkeypatch):
         exported=["t"],
     )
     monkeypatch.setattr(smoke, "compare", lambda *_: tested)  # not the writing of it: tests/test_export_run.py
-    monkeypatch.setattr(export, "code_version", lambda: "1")
 
     def step():
         return export.run(ctx, model, samples.score_table(model))
