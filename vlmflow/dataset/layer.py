@@ -190,12 +190,11 @@ def add_layer(
     with ctx.progress(name, manifest.samples, "samples") as progress, ThreadPoolExecutor(max(1, workers)) as pool:
         parts = list(pool.map(one, range(len(manifest.shards))))
     layer = LayerRef(step=name, digest=layer_digest, params=params, parts=parts)
-    sealed = _seal(ctx, manifest, name, layer)
-    check_failures(sealed, name, failure_limit, ctx.scratch)
+    draft = _with_layer(manifest, name, layer)
+    check_failures(draft, name, failure_limit, ctx.scratch)
     if summary:
-        layer = layer.model_copy(update={"summary": summary(sealed)})
-        sealed = _seal(ctx, manifest, name, layer)
-    return sealed
+        layer = layer.model_copy(update={"summary": summary(draft)})
+    return _seal(ctx, manifest, name, layer)
 
 
 def seal_layer(
@@ -240,11 +239,15 @@ def _in_order(rows: Iterable[Row], reader: ShardReader, name: str) -> list[Row]:
 
 
 def _seal(ctx: Context, manifest: Manifest, name: str, layer: LayerRef) -> Manifest:
-    lineage = Lineage(step=name, params=layer.params, parents=[manifest.digest], summary=layer.summary)
-    kept = [entry for entry in manifest.lineage if entry.step != name]
-    sealed = manifest.model_copy(update={"layers": {**manifest.layers, name: layer}, "lineage": [*kept, lineage]})
+    sealed = _with_layer(manifest, name, layer)
     save(sealed, ctx.root)
     return sealed
+
+
+def _with_layer(manifest: Manifest, name: str, layer: LayerRef) -> Manifest:
+    lineage = Lineage(step=name, params=layer.params, parents=[manifest.digest], summary=layer.summary)
+    kept = [entry for entry in manifest.lineage if entry.step != name]
+    return manifest.model_copy(update={"layers": {**manifest.layers, name: layer}, "lineage": [*kept, lineage]})
 
 
 def failures(manifest: Manifest, name: str, scratch: Any = None) -> Iterator[tuple[str, str]]:
