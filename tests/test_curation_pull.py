@@ -123,7 +123,7 @@ def test_each_broken_link_has_its_reason(server, tmp_path):
         server.url("/redirect/x?to=/img/2"),
         server.url("/gzip/100"),
     }
-    manifest, failed = pulled(tmp_path, [*expected, *good], timeout=1.0, max_bytes=1_000_000, samples_per_shard=50)
+    manifest, failed = pulled(tmp_path, [*expected, *good], timeout=4.0, max_bytes=1_000_000, samples_per_shard=50)
     assert {url: reason for url, (reason, _) in failed.items()} == expected
     assert {s.meta["url"] for s in ShardReader(manifest.shards[0])} == good
     assert server.hits["/status/404"] == 1 and server.hits["/status/500"] == 3
