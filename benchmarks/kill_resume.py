@@ -21,7 +21,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from vlmflow import demo, process_tree, recipe
+from vlmflow import demo, local_stack, process_tree, recipe
 from vlmflow.digest import sha256_file
 
 RECIPE = "recipes/points-tiny.yaml"
@@ -84,7 +84,7 @@ def strike(run: subprocess.Popen, whole: bool) -> str:
 
 
 def main() -> int:
-    """Run the comparison."""
+    """Run the comparison and stop the servers that it started."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
@@ -93,6 +93,15 @@ def main() -> int:
     arguments = parser.parse_args()
     state = arguments.state or Path(tempfile.mkdtemp(prefix="vlmflow-kill-"))
     chance = random.Random(arguments.seed)
+    try:
+        return compare(arguments, state, chance)
+    finally:
+        for name in ("calm", "killed"):
+            local_stack.down(state / name)
+
+
+def compare(arguments: argparse.Namespace, state: Path, chance: random.Random) -> int:
+    """Both runs and the table of what differs; 0 when nothing does."""
     with demo.serve(state / "site", SIZES, port=0) as site:
         plain = recipe.load(RECIPE).model_dump(mode="json")
         overrides = [*site.overrides(demo.fields(plain)), *SMALL]
