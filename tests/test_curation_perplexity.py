@@ -103,3 +103,16 @@ def test_pictures_in_memory_together_are_bounded(monkeypatch):
     samples[2].meta["images"][0]["width"] = 1000
     assert [[s.key for s in w] for w in inputs.picture_windows(samples)] == [["k0", "k1"], ["k2"], ["k3", "k4"]]
     assert [len(w) for w in inputs.windows(range(10), 4)] == [4, 4, 2]
+
+
+def test_a_named_scorer_replaces_the_model_built_by_the_run(tmp_path):
+    """POINTS' P may be a model of an earlier round: the recipe names its folder in the store."""
+    from vlmflow.curation.inputs import scorer
+    from vlmflow.models import store
+
+    plain = context(tmp_path)
+    assert scorer(plain, None) is None
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"earlier")
+    earlier = store.publish(plain, tmp_path / "weights", "earlier", store.ModelLineage(step="train"), "earlier-round")
+    assert scorer(context(tmp_path, scorer=earlier.uri), None) == earlier

@@ -66,6 +66,20 @@ def test_keep_layer_text_layer_and_weight(tmp_path: Path) -> None:
     assert got.targets.tolist() == [int((made.labels(i) != -100).sum()) for i in range(10)]
 
 
+def test_a_layer_without_a_text_filters_the_sample_and_is_no_failure(tmp_path: Path) -> None:
+    """An image without words is a result of OCR: counted with its reason, but not against the stage's own limit."""
+    manifest = dataset(tmp_path, [sample(i) for i in range(10)])
+    rows: dict[str, dict[str, Any]] = {f"k{i:03d}": {"text": "" if i < 3 else f"read {i}"} for i in range(10)}
+    rows["k009"] = {"text": None, "error": "the worker died"}
+    manifest = with_layer(tmp_path, manifest, "ocr", {"text": "str"}, rows)
+    spec = recipe(prompt="continuation", instructions=[], failure_limit=0.0).stages["sft"]
+    use = spec.data[0].model_copy(update={"text": "ocr"})
+    made = prepare(tmp_path / "examples", [(use, manifest)], spec, encode, 7, tmp_path)
+    assert (len(made), made.report["seen"], made.report["filtered"], made.report["failed"]) == (6, 6, 4, 0)
+    counted = {reason["reason"]: (reason["count"], reason["example"]) for reason in made.report["reasons"]}
+    assert counted == {"no ocr text": (3, "k000"), "ocr failed: the worker died": (1, "k009")}
+
+
 def test_failures_are_counted_with_reason_and_example(tmp_path: Path) -> None:
     bad = {"conversations": [{"from": "human", "value": "<image><image>?"}, {"from": "gpt", "value": "no"}]}
     good = {"conversations": [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "yes"}]}

@@ -27,9 +27,10 @@ WINDOW = 256  # samples whose decoded pictures are in memory together, at most .
 PIXELS = 128 * 2**20  # ... and their pixels, at most, if more than one (three bytes each)
 
 T = TypeVar("T")
+Built = TypeVar("Built")
 
 
-def scorer(ctx: Context, built: ModelRef | None) -> ModelRef | None:
+def scorer(ctx: Context, built: Built) -> ModelRef | Built:
     """POINTS' P: the model that captions and scores. The one the recipe names, else the one built by this run."""
     from vlmflow.models.store import MARKER, load_ref
 

@@ -41,7 +41,7 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef) -> Manifest:
     """
     spec = ctx.recipe.curation.perplexity
     prompt = scoring_prompt(spec.text, spec.prompt)
-    model = scorer(ctx, model) or model
+    model = scorer(ctx, model)
     params = {
         "text": spec.text, "prompt": prompt, "weights": model.weights_sha256,
         "model": store.behaviour_digest(model.files), "digits": DIGITS,

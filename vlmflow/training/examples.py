@@ -216,7 +216,7 @@ def _build(folder: Path, uses: list, stage: StageSpec, encode: Callable, seed: i
     sink, shards = _Sink(folder), []
     reasons: Counter[str] = Counter()
     first: dict[str, str] = {}
-    filtered = seen = unread = 0
+    filtered = failed = 0
     for use, manifest in uses:
         chosen = manifest.select(use.sources)
         for number, shard in enumerate(chosen.shards):
@@ -226,7 +226,6 @@ def _build(folder: Path, uses: list, stage: StageSpec, encode: Callable, seed: i
                 if meta is None:
                     filtered += 1
                     continue
-                seen += 1
                 try:
                     segments = segments_of(Sample(key, meta), row, use, stage, seed)
                     example = encode(segments, meta.get("images", []))
@@ -234,23 +233,25 @@ def _build(folder: Path, uses: list, stage: StageSpec, encode: Callable, seed: i
                         raise Unusable("no target token")
                 except (Unusable, VlmflowError) as problem:
                     if isinstance(problem, NoText):
-                        filtered, seen = filtered + 1, seen - 1
-                        unread += 1
+                        filtered += 1
+                    else:
+                        failed += 1
                     reason = str(problem).replace(f"sample '{key}'", "sample")
                     reasons[reason] += 1
                     first.setdefault(reason, key)
                     continue
                 sink.add(example, len(shards) - 1, row_number, use.weight)
     sink.seal()
+    seen = len(sink.shard) + failed
     report: dict[str, Any] = {
         "examples": len(sink.shard),
         "seen": seen,
         "filtered": filtered,
-        "failed": sum(reasons.values()) - unread,
+        "failed": failed,
         "reasons": [{"reason": r, "count": n, "example": first[r]} for r, n in reasons.most_common()],
         "shards": [[s.model_dump(mode="json"), name] for s, name in shards],
     }
-    check_failures(report["failed"], seen, stage.failure_limit, report["reasons"], filtered)
+    check_failures(failed, seen, stage.failure_limit, report["reasons"], filtered)
     (folder / "report.json").write_text(json.dumps(report, sort_keys=True))
 
 
