@@ -16,9 +16,10 @@ from pydantic import Field, ValidationError, model_validator
 from vlmflow.errors import RecipeError
 from vlmflow.recipe.base import Name, Section
 from vlmflow.recipe.data import CurationSpec, DatasetSpec, PullSpec
+from vlmflow.recipe.mixture import DataUse
 from vlmflow.recipe.model import ModelSpec
 from vlmflow.recipe.results import EvaluationSpec, ExportSpec, RegistrySpec, SoupSpec
-from vlmflow.recipe.stage import DataUse, StageSpec
+from vlmflow.recipe.stage import StageSpec
 
 STAGE_DATASETS = "stages, bootstrap and soup.candidates"
 

@@ -30,7 +30,8 @@ from vlmflow.training.plan import Lengths
 
 if TYPE_CHECKING:
     from vlmflow.models.chat import Segment
-    from vlmflow.recipe.stage import DataUse, StageSpec
+    from vlmflow.recipe.mixture import DataUse
+    from vlmflow.recipe.stage import StageSpec
 
 VERSION = 1
 ARRAYS = ("ids", "target", "start", "tiles", "tile_start", "shard", "row", "weight")

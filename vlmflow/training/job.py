@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from vlmflow.dataset.manifest import Manifest
-from vlmflow.recipe.stage import DataUse, StageSpec
+from vlmflow.recipe.mixture import DataUse
+from vlmflow.recipe.stage import StageSpec
 
 PREEMPTED = 75  # exit code after SIGTERM with a checkpoint written: run again to go on
 EVENT = "\x1e"  # a line that starts with this is an event for the launcher

@@ -21,7 +21,8 @@ from vlmflow.training.launch import launch
 
 if TYPE_CHECKING:
     from vlmflow.recipe import Recipe
-    from vlmflow.recipe.stage import DataUse, StageSpec
+    from vlmflow.recipe.mixture import DataUse
+    from vlmflow.recipe.stage import StageSpec
     from vlmflow.step import Context
 
 VERSION = 1  # of the loop; with the plan's and the examples' versions it is part of every train digest
