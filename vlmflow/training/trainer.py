@@ -9,12 +9,11 @@ from __future__ import annotations
 import gc
 import math
 import os
-import resource
 import shutil
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlmflow.errors import StepFailed, VlmflowError
 from vlmflow.training.job import Job, emit
@@ -25,6 +24,16 @@ REPORT_EVERY = 0.3  # seconds between step events
 
 class Preempted(Exception):
     """SIGTERM arrived and a checkpoint was written."""
+
+
+class StepResult(NamedTuple):
+    """What a step gave, over all ranks: loss per weight, gradient norm, images, whether a rank was told to stop."""
+
+    loss: float
+    norm: float
+    images: int
+    stop: bool
+    metrics: dict[str, float]
 
 
 class Trainer:
@@ -41,37 +50,20 @@ class Trainer:
         import torch
 
         from vlmflow.training import engine as ds
+        from vlmflow.training import setup
+        from vlmflow.training.objective import OBJECTIVES
 
         self.job, self.stage, self.rank, self.world = job, job.stage, rank, world
         self.stop = stop or threading.Event()
         torch.set_num_threads(self.stage.threads)
         self.device = ds.join(rendezvous, rank, world)
-        self._load()
+        made = setup.prepare(job, self.device)
+        self.family, self.tokenizer, self.config = made.family, made.tokenizer, made.config
+        self.engine, self.group_labels = made.engine, made.labels
+        self.objective = OBJECTIVES[job.stage.objective.kind]
+        if rank == 0:
+            emit(event="table", text=made.table.as_text(), table=made.table.as_json())
         self._prepare()
-
-    def _load(self) -> None:
-        import torch
-
-        from vlmflow import models
-        from vlmflow.training import engine as ds
-        from vlmflow.training.optimizer import Rule, make_table, parameter_groups
-
-        stage = self.stage
-        self.family = models.family(self.job.family)
-        dtype = torch.bfloat16 if stage.dtype == "bf16" else torch.float32
-        model, self.tokenizer = models.load_model(self.job.model, dtype=dtype)
-        self.config = model.config
-        self.rules = [Rule(r.modules, r.lr, r.last, r.weight_decay) for r in stage.train]
-        sizes = {name: p.numel() for name, p in model.named_parameters()}
-        self.table = make_table(sizes, self.rules, self.family.roles, self.family.unused, self.family.layers)
-        groups, self.group_labels = parameter_groups(model, self.table, self.rules, stage.optimizer.weight_decay)
-        if self.rank == 0:
-            emit(event="table", text=self.table.as_text(), table=self.table.as_json())
-        torch.manual_seed(self.job.seed)
-        self.engine = ds.make_engine(
-            model.to(self.device), groups, stage.optimizer.model_dump(), stage.zero, stage.dtype
-        )
-        self.engine.train()
 
     def _prepare(self) -> None:
         """Examples and plan: rank 0 of a machine encodes, the others map the result."""
@@ -144,6 +136,7 @@ class Trainer:
         from vlmflow.training import engine as ds
         from vlmflow.training.loader import Loader
         from vlmflow.training.optimizer import rate
+        from vlmflow.training.record import step_record
 
         first, log = self._resume()
         schedule, steps = self.stage.schedule, self.plan.steps
@@ -170,10 +163,21 @@ class Trainer:
             started = time.perf_counter()
             for step, micros in loader.steps(first):
                 rates = ds.set_rates(self.engine, rate(step, steps, schedule.name, schedule.warmup, schedule.final))
-                loss, images, stop = self._step(step, micros)
+                result = self._step(step, micros)
                 now = time.perf_counter()
                 if self.rank == 0:
-                    record = self._record(step, loss, images, rates, now - started, loader.waited)
+                    record = step_record(
+                        self.plan,
+                        step,
+                        result.loss,
+                        result.norm,
+                        dict(zip(self.group_labels, rates, strict=True)),
+                        result.images,
+                        now - started,
+                        loader.waited,
+                        self.device,
+                        result.metrics,
+                    )
                     log.step(step, record)
                     if now - shown > REPORT_EVERY or step + 1 == steps:
                         shown = now
@@ -185,9 +189,9 @@ class Trainer:
                         )
                 started, loader.waited = now, 0.0
                 done = step + 1
-                if done < steps and (stop or done % self.stage.checkpoint.every == 0):
+                if done < steps and (result.stop or done % self.stage.checkpoint.every == 0):
                     self._save(done, log)
-                if stop and done < steps:
+                if result.stop and done < steps:
                     status = "KILLED"
                     raise Preempted
             self._finish()
@@ -199,38 +203,40 @@ class Trainer:
                 if log.tracker is not None and log.tracker.problem:
                     emit(event="note", text=log.tracker.problem + "; training went on without it")
 
-    def _step(self, step: int, micros: list[Any]) -> tuple[float, int, bool]:
-        """One optimizer step; returns (loss in nats per target, images, whether a rank was told to stop)."""
+    def _step(self, step: int, micros: list[Any]) -> StepResult:
+        """One optimizer step: backward over its micro-batches, then the update."""
         import torch
         import torch.distributed as dist
 
-        from vlmflow.models.loss import packed_loss
         from vlmflow.training.batch import to_torch
 
         torch.manual_seed((self.job.seed * 1_000_003 + step) * 4096 + self.rank)
-        targets = max(1, self.plan.targets_of(step))
-        total = torch.zeros((), device=self.device, dtype=torch.float64)
-        images = 0
+        weight = max(1, self.objective.weight(self.plan, step))
+        sums: dict[str, torch.Tensor] = {}
         for micro in micros:
-            loss_sum, _ = packed_loss(self.engine, to_torch(micro.batch, self.device))
-            self.engine.backward(loss_sum / targets, scale_wrt_gas=False)
-            total += loss_sum.detach()
-            images += micro.images
-        mine = float(total)
-        stop = self.stop.is_set()
-        everyone = mine
+            outcome = self.objective.outcome(self.engine, to_torch(micro.batch, self.device), self.stage.objective)
+            self.engine.backward(outcome.loss_sum / weight, scale_wrt_gas=False)
+            for name, value in {"loss": outcome.loss_sum, **outcome.sums}.items():
+                sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value.detach()
+        told = torch.stack(
+            [
+                *sums.values(),
+                torch.tensor(sum(m.images for m in micros), dtype=torch.float64, device=self.device),
+                torch.tensor(self.stop.is_set(), dtype=torch.float64, device=self.device),
+            ]
+        )
+        mine = float(sums["loss"])
         if self.world > 1:
-            told = torch.tensor([mine, images, stop], dtype=torch.float64, device=self.device)
             dist.all_reduce(told)
-            everyone, images, stop = float(told[0]), int(told[1]), bool(told[2] > 0)
-        if not math.isfinite(everyone):
-            raise StepFailed(self._not_finite(step, f"the loss is {everyone / targets}", micros, mine))
+        *totals, images, stop = told.tolist()
+        loss, *metrics = [total / weight for total in totals]
+        if not math.isfinite(loss):
+            raise StepFailed(self._not_finite(step, f"the loss is {loss}", micros, mine))
         self.engine.step()
         norm = float(self.engine.get_global_grad_norm() or 0.0)
         if not math.isfinite(norm):
             raise StepFailed(self._not_finite(step, f"the gradient norm is {norm}", micros, mine))
-        self.norm = norm
-        return everyone / targets, images, stop
+        return StepResult(loss, norm, int(images), stop > 0, dict(zip(list(sums)[1:], metrics, strict=True)))
 
     def _not_finite(self, step: int, what: str, micros: list[Any], mine: float) -> str:
         keys = [key for micro in micros for key in micro.keys]
@@ -243,30 +249,6 @@ class Trainer:
             f"step {step}: {what}; training stopped before anything of this step was saved. On rank {self.rank} {where} {keys}. Look at "
             "these samples, lower the learning rate or lengthen the warm-up; the last checkpoint is untouched."
         )
-
-    def _record(
-        self, step: int, loss: float, images: int, rates: list[float], seconds: float, waited: float
-    ) -> dict[str, Any]:
-        import torch
-
-        packs = self.plan.packs_of(step)
-        tokens = int(self.plan.pack_tokens[packs.start : packs.stop].sum())
-        if self.device.type == "cuda":
-            memory = torch.cuda.max_memory_allocated(self.device) / 2**20
-        else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        return {
-            "loss": round(loss, 6),
-            "lr": dict(zip(self.group_labels, rates, strict=True)),
-            "grad_norm": round(self.norm, 6),
-            "tokens": tokens,
-            "targets": self.plan.targets_of(step),
-            "seconds": round(seconds, 5),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "images_per_second": round(images / seconds, 2),
-            "data_wait": round(waited / seconds, 4),
-            "memory_mb": round(memory, 1),
-        }
 
     def _resume(self) -> tuple[int, Any]:
         """(first step, log or None): state of the newest complete checkpoint is put back on every rank."""
