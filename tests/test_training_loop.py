@@ -72,7 +72,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 def test_trainable_parameters_change_and_frozen_ones_do_not(place: Any) -> None:
     from safetensors.torch import load_file
 
-    before = load_file(Path(place.job.model) / "model.safetensors")
+    before = load_file(place.job.model_folder() / "model.safetensors")
     changed = {n for n in before if not torch.equal(before[n], place.weights[n])}
     frozen = {n for n in before if "vision_tower" in n}
     assert changed == set(before) - frozen
@@ -112,9 +112,9 @@ def test_loss_is_nats_per_target_of_the_model_itself(place: Any) -> None:
     micros = next(iter(_loader(made).steps()))[1]
     total = targets = 0.0
     for pack in made.plan.packs_of(0):
-        for number in made.plan.samples_of(pack):
+        for item in made.plan.items_of(pack):
             single = _loader(made)
-            single.plan = SimpleNamespace(samples_of=lambda _, n=number: [n])
+            single.plan = SimpleNamespace(items_of=lambda _, i=item: [i], shards=made.plan.shards)
             batch = single.micro(0).batch
             from vlmflow.models.loss import packed_loss
             from vlmflow.training.batch import to_torch
@@ -130,10 +130,7 @@ def test_loss_is_nats_per_target_of_the_model_itself(place: Any) -> None:
 def _loader(made: Any) -> Any:
     from vlmflow.training.loader import Loader
 
-    def tile(image: Any) -> Any:
-        return made.family.tile(image, made.config)
-
-    return Loader(made.examples, made.plan, tile, made.family.positions, made.dummy, made.side, Path(made.job.scratch))
+    return Loader(made.plan, made.encoder, made.tile, made.family.positions, made.dummy, made.side, made.job.cache)
 
 
 def test_stop_saves_and_resume_is_bit_exact(place: Any) -> None:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Row = dict[str, Any]
 Compute = Callable[[ShardReader, dict[str, dict[str, Row]]], Iterable[Row]]
 _ROWS_HASH = b"vlmflow.rows.sha256"
-SCHEMA_TYPES = ("str", "int", "float", "bool", "list<str>", "list<float>", "json")
+SCHEMA_TYPES = ("str", "int", "float", "bool", "list<str>", "list<int>", "list<float>", "json")
 
 
 def _arrow_schema(schema: Mapping[str, str]) -> Any:
@@ -38,6 +38,7 @@ def _arrow_schema(schema: Mapping[str, str]) -> Any:
         "float": pa.float64(),
         "bool": pa.bool_(),
         "list<str>": pa.list_(pa.string()),
+        "list<int>": pa.list_(pa.int32()),
         "list<float>": pa.list_(pa.float64()),
         "json": pa.string(),
     }
@@ -112,6 +113,13 @@ def read_part(part: LayerPart, scratch: Any = None) -> dict[str, Row]:
     """Rows of one part by key; the part's hash is verified. Raises DataError when it was changed or cut."""
     path = storage.cached(part.uri, part.sha256, scratch)
     return {row["key"]: row for row in _rows(path.read_bytes(), part.uri)}
+
+
+def read_columns(part: LayerPart, scratch: Any = None) -> Any:
+    """One part as a pyarrow Table, rows in shard order, for readers that want columns; the part's hash is verified."""
+    import pyarrow.parquet as pq
+
+    return pq.read_table(storage.cached(part.uri, part.sha256, scratch))
 
 
 def read_layer(manifest: Manifest, name: str, scratch: Any = None) -> dict[str, Row]:

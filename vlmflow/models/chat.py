@@ -106,19 +106,25 @@ def render_prompt(prompt: str, images: int, key: str = "") -> list[Segment]:
     return [*turn, *_header("assistant")]
 
 
-def render_conversation(turns: Sequence[dict[str, str]], images: int, key: str = "") -> list[Segment]:
+def render_conversation(
+    turns: Sequence[dict[str, str]], images: int, key: str = "", before: int = 0
+) -> list[Segment]:
     """A LLaVA-style conversation; every assistant turn and its end token are targets.
 
     A single `<image>` marker of a turn moves to the turn's front (points.md 2.1); several keep their places.
+
+    Args:
+        before: the turns are the rest of a longer conversation whose first `before` images were shown earlier; they are
+            put in front of the first turn that is not the assistant's.
     """
-    markers = sum(str(turn.get("value", "")).count(MARKER) for turn in turns if _role(turn, key) != "assistant")
+    markers = before + count_markers(turns, key)
     if markers != images:
         raise DataError(
             f"sample '{key}' has {markers} {MARKER} markers in its conversation but {images} images; "
             "every image needs exactly one marker, or features would land on the wrong text"
         )
     segments: list[Segment] = []
-    seen = answers = 0
+    seen, answers, again = 0, 0, before
     for number, turn in enumerate(turns):
         role, value = _role(turn, key), str(turn.get("value", ""))
         check_text(value, key)
@@ -131,13 +137,42 @@ def render_conversation(turns: Sequence[dict[str, str]], images: int, key: str =
             segments += _header(role)
             segments += [Segment(text=value.strip(), target=True), Segment(text=END, target=True, special=True)]
         else:
-            content, seen = _place(value, seen)
-            segments += _turn(role, content)[:-1]
+            shown, seen = render_user_turn(turn, seen, again)
+            segments += shown
+            again = 0
     if not answers:
         raise DataError(
             f"sample '{key}' has {len(turns)} turns and none of the assistant; nothing could be learnt from it"
         )
     return segments
+
+
+def render_user_turn(turn: dict[str, str], seen: int = 0, before: int = 0) -> tuple[list[Segment], int]:
+    """(segments of one turn that is not the assistant's, images used up to its end).
+
+    Args:
+        seen: images that were used before.
+        before: images that are shown in front of the turn's own, the next after `seen`.
+    """
+    content, used = _place(str(turn.get("value", "")), seen + before)
+    content = [*(Segment(image=seen + i) for i in range(before)), *content]
+    return _turn(_role(turn, ""), content)[:-1], used
+
+
+def count_markers(turns: Sequence[dict[str, str]], key: str = "") -> int:
+    """Image markers of the turns that are not the assistant's."""
+    return sum(str(turn.get("value", "")).count(MARKER) for turn in turns if _role(turn, key) != "assistant")
+
+
+def rounds(turns: Sequence[dict[str, str]]) -> list[tuple[int, int]]:
+    """(first, last) turn of each round: what is said before the assistant, and its answers.
+
+    A conversation may be split between two rounds. What follows the last answer belongs to the last round.
+    """
+    answered = [ROLES.get(turn.get("from", "")) == "assistant" for turn in turns]
+    last_answer = max((i for i, answer in enumerate(answered) if answer), default=-1)
+    starts = [0, *(i for i in range(1, last_answer) if answered[i - 1] and not answered[i])]
+    return list(zip(starts, [*(i - 1 for i in starts[1:]), len(turns) - 1], strict=True))
 
 
 def check_text(text: str, key: str = "") -> None:

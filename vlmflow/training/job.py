@@ -9,7 +9,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from vlmflow.dataset.manifest import Manifest
+from vlmflow import storage
+from vlmflow.models import store
 from vlmflow.recipe.mixture import DataUse
 from vlmflow.recipe.stage import StageSpec
 
@@ -24,13 +25,15 @@ def emit(**event: Any) -> None:
 
 
 class Job(BaseModel):
-    """One stage of training.
+    """One stage of training. Everything it names is a URI, so that a rank on another machine can run it.
 
     Attributes:
         label: name shown to people and put before metrics; decides nothing.
         key: train digest; names the checkpoints.
-        model: local folder of the initial model.
-        work: local folder for prepared examples, plan, log and the result; may be deleted between attempts.
+        model: URI of the initial model's reference (its ``model.json``).
+        uses: ingredients with the URI of the dataset each takes from.
+        plan: URI of the pack plan's JSON.
+        scratch: local disk for caches, work files and the result; None = that of the machine (``VLMFLOW_SCRATCH``).
         checkpoints: URI prefix of this training's checkpoints.
         tracking: experiment, run name and tags for MLflow.
     """
@@ -43,23 +46,33 @@ class Job(BaseModel):
     model: str
     stage: StageSpec
     uses: list[tuple[DataUse, str]]
+    plan: str
     seed: int
-    work: str
-    scratch: str
+    scratch: str | None = None
     checkpoints: str
     tracking: dict[str, Any] = {}
 
-    def mixture(self) -> list[tuple[DataUse, Manifest]]:
-        """Ingredients with their datasets; each distinct manifest is read once."""
-        files = {path: Manifest.model_validate_json(Path(path).read_text()) for path in {p for _, p in self.uses}}
-        return [(use, files[path]) for use, path in self.uses]
+    @property
+    def cache(self) -> Path:
+        """Local disk of this machine."""
+        return Path(self.scratch) if self.scratch else storage.default_scratch()
+
+    @property
+    def work(self) -> Path:
+        """Local folder for the log, files on their way and the result; may be deleted between attempts."""
+        return self.cache / "training" / self.key[:32]
+
+    def model_folder(self) -> Path:
+        """The initial model on local disk. Files of a ``file://`` store were verified when the job was made."""
+        ref = store.load_ref(self.model)
+        return storage.local_path(ref.uri) or store.fetch(ref, self.cache)
 
     @property
     def out(self) -> Path:
         """Folder of the trained model."""
-        return Path(self.work) / "out"
+        return self.work / "out"
 
     @property
     def log(self) -> Path:
         """Training log of this attempt, earlier steps included."""
-        return Path(self.work) / "train_log.jsonl"
+        return self.work / "train_log.jsonl"

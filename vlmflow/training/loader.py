@@ -19,12 +19,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmflow.dataset.layer import read_part
+from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import ShardReader
 from vlmflow.errors import DataError
-from vlmflow.models.family import IGNORED
+from vlmflow.models.family import IGNORED, masked_labels
 from vlmflow.training.batch import pack
-from vlmflow.training.examples import Examples
-from vlmflow.training.plan import Plan
+from vlmflow.training.examples import Part
+from vlmflow.training.plan import Item, Plan
 
 OPEN_SHARDS = 128
 FETCH_AHEAD = 32  # packs whose shards are fetched before the packs are built
@@ -39,11 +41,20 @@ class Micro(NamedTuple):
     images: int
 
 
+class _Opened(NamedTuple):
+    """A shard on local disk: its keys, and the rows of its text layer by key."""
+
+    reader: ShardReader
+    keys: list[str]
+    rows: dict[str, Any] | None
+
+
 class Loader:
     """Micro-batches of one rank, step after step.
 
     Args:
-        tile: (PIL image) -> uint8 [t, S, S, 3].
+        encoder: (item, sample, row of its text layer) -> parts (see `examples.Encoder`).
+        tile: (PIL image, tile limit) -> uint8 [t, S, S, 3].
         positions: (ids) -> position ids.
         dummy: ids of a segment with exactly one tile, added to packs without an image, so that every rank runs the
             vision tower in every micro-batch and no collective waits for ever (spec: training.md B.3).
@@ -53,28 +64,27 @@ class Loader:
 
     def __init__(
         self,
-        examples: Examples,
         plan: Plan,
-        tile: Callable[[Any], np.ndarray],
+        encoder: Callable[[Item, Sample, dict[str, Any] | None], list[Part]],
+        tile: Callable[[Any, int], np.ndarray],
         positions: Callable[[Any], np.ndarray],
         dummy: list[int],
         side: int,
         scratch: Path,
         rank: int = 0,
         world: int = 1,
-        tile_tokens: float = 16.0,
         workers: int = 1,
         ahead: int = 3,
     ) -> None:
-        self.examples, self.plan = examples, plan
+        self.plan, self.encoder = plan, encoder
         self.tile, self.positions = tile, positions
         self.dummy, self.side, self.scratch = np.asarray(dummy, dtype=np.int32), side, scratch
-        self.rank, self.world, self.tile_tokens = rank, world, tile_tokens
+        self.rank, self.world = rank, world
         self.waited = 0.0
         self.ahead = ahead * workers
         self.pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
         self.fetchers = ThreadPoolExecutor(2, thread_name_prefix="fetcher")
-        self._readers: OrderedDict[int, Future[tuple[ShardReader, list[str]]]] = OrderedDict()
+        self._readers: OrderedDict[int, Future[_Opened]] = OrderedDict()
         self._lock = threading.Lock()
 
     def steps(self, first: int = 0) -> Iterator[tuple[int, list[Micro]]]:
@@ -102,59 +112,59 @@ class Loader:
 
     def _packs(self, first: int) -> Iterator[tuple[int, int, int | None]]:
         for step in range(first, self.plan.steps):
-            mine = self.plan.deal(step, self.world, self.tile_tokens)[self.rank]
+            mine = self.plan.deal(step, self.world)[self.rank]
             for number in mine:
                 yield step, len(mine), number
 
     def micro(self, number: int | None) -> Micro:
         """Build one micro-batch; ``None`` is a pack without samples, for ranks that have fewer."""
         segments, tiles, keys, images, tokens = [], [], [], 0, 0
-        for sample in self._samples(number):
-            ids = np.asarray(self.examples.ids(sample))
-            key, made = self._tiles(sample)
-            segments.append((ids, self.positions(ids), self.examples.labels(sample)))
-            tiles += made
+        for item in self._items(number):
+            opened = self._opened(item.shard).result()
+            key = opened.keys[item.row]
+            sample = opened.reader.read(key)
+            made: list[np.ndarray] = []
+            for part in self.encoder(item, sample, opened.rows and opened.rows[key]):
+                made = made or self._tiles(sample, part.tiles, item.max_tiles, opened.reader.uri)
+                segments.append((part.ids, self.positions(part.ids), masked_labels(part.ids, part.target)))
+                tiles += made
+                images += len(made)
+                tokens += len(part.ids)
             keys.append(key)
-            images += len(made)
-            tokens += len(ids)
         if not tiles:
             ids = self.dummy
             segments.append((ids, self.positions(ids), np.full(len(ids), IGNORED, dtype=np.int64)))
             tiles.append(np.zeros((1, self.side, self.side, 3), dtype=np.uint8))
         return Micro(pack(segments, tiles), keys, tokens, images)
 
-    def _tiles(self, sample: int) -> tuple[str, list[np.ndarray]]:
+    def _tiles(self, sample: Sample, expected: list[int], max_tiles: int, uri: str) -> list[np.ndarray]:
+        """Tiles of the first images of a sample; as many of each as are expected."""
         from vlmflow.vision.image import decode
 
-        reader, keys = self._opened(int(self.examples.arrays["shard"][sample])).result()
-        key = keys[int(self.examples.arrays["row"][sample])]
-        expected = self.examples.tiles(sample)
-        if not expected:
-            return key, []
-        stored = reader.read(key).images
         made = []
-        for number, (data, count) in enumerate(zip(stored, expected, strict=True)):
-            found = self.tile(decode(data))
+        for number, (data, count) in enumerate(zip(sample.images, expected, strict=False)):
+            found = self.tile(decode(data), max_tiles)
             if len(found) != count:
                 raise DataError(
-                    f"sample {key} of {reader.uri}: image {number} gives {len(found)} tiles but {count} were expected from its "
+                    f"sample {sample.key} of {uri}: image {number} gives {len(found)} tiles but {count} were expected from its "
                     "recorded width and height; the image was changed after it was described. Pull the shard again."
                 )
             made.append(found)
-        return key, made
+        return made
 
     def _fetch(self, number: int | None) -> None:
         """Begin to bring the shards of a pack to local disk."""
-        for shard in {int(self.examples.arrays["shard"][i]) for i in self._samples(number)}:
+        for shard in {item.shard for item in self._items(number)}:
             self._opened(shard)
 
-    def _samples(self, number: int | None) -> list[int]:
-        return [] if number is None else self.plan.samples_of(number)
+    def _items(self, number: int | None) -> list[Item]:
+        return [] if number is None else self.plan.items_of(number)
 
-    def _opened(self, shard: int) -> Future[tuple[ShardReader, list[str]]]:
-        def read() -> tuple[ShardReader, list[str]]:
-            reader = ShardReader(self.examples.shards[shard][0], self.scratch)
-            return reader, reader.keys()
+    def _opened(self, shard: int) -> Future[_Opened]:
+        def read() -> _Opened:
+            entry = self.plan.shards[shard]
+            reader = ShardReader(entry.shard, self.scratch)
+            return _Opened(reader, reader.keys(), entry.text and read_part(entry.text, self.scratch))
 
         with self._lock:
             if shard not in self._readers:

@@ -1,86 +1,124 @@
 """The pack plan: which samples make which step, known before training starts.
 
-A plan is a pure function of (lengths, weights, budgets, packs, epochs or steps, seed). It does not know the number of
-processes: a step is the same set of packs on 1 and on 64 ranks, only the dealing differs, so both give the same
-weights up to the order of float sums. The position in training is therefore one integer, the step, and a resumed or
-re-sized run has nothing to replay.
+A plan is a pure function of (examples, stage, seed, cost model). It does not know the number of processes: a step is the
+same set of packs on 1 and on 64 ranks, only the dealing differs, so both give the same weights up to the order of float
+sums. The position in training is therefore one integer, the step, and a resumed or re-sized run has nothing to replay.
 
-Samples are shuffled by (seed, epoch) inside windows of shards (a window's shards are what a loader holds in cache),
-packed into bins under two budgets (language-model tokens and vision tiles) by first-fit over a look-ahead of open
-bins, and bins are grouped into steps. Removing padding is the largest single gain of a VLM trainer and the second
-budget keeps image-heavy packs from running out of memory (spec: training.md C.1, B.2 item 4).
+`mixture` draws the samples, `packing` fills bins with them and groups bins into steps, and this file puts them together.
 """
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmflow.errors import DataError
+from vlmflow.training import packing
+from vlmflow.training.flops import CostModel
+from vlmflow.training.mixture import Mixer
+from vlmflow.training.packing import Packer
 
-VERSION = 1
-LOOK_AHEAD = 32  # bins that stay open while samples stream by
-WINDOW = 64  # shards whose samples are shuffled together
-TILE_COST = 0.5  # cost of one tile, in tokens per token-per-tile; only used to deal packs evenly
+if TYPE_CHECKING:
+    from vlmflow.recipe.stage import StageSpec
+    from vlmflow.training.pool import Examples, Pieces, ShardUse, Visual
+
+VERSION = 2
+BLOCK = 4096  # samples drawn at a time, at most
+POINTS = 256  # and at least this many draws over the training, so that a ramp is followed closely
+SHARPNESS = 64  # where the mixture changes over the training, a sample moves by at most about this part of it
 
 Ints = NDArray[np.int64]
+ITEM = np.dtype(
+    [
+        *((name, "<i4") for name in ("use", "shard", "row", "first", "last", "max_tiles", "tokens", "tiles", "targets")),
+        ("squares", "<i8"),
+    ]
+)
 
 
-@dataclass(frozen=True)
-class Lengths:
-    """What the plan needs to know of each sample; arrays of equal length n.
+class Item(NamedTuple):
+    """A sample, or a stretch of it, in a pack.
 
     Attributes:
-        tokens: tokens in the language model, image tokens included.
-        tiles: vision tiles.
-        targets: tokens that carry a loss.
-        weight: how often an epoch shows the sample, 1.0 = once.
-        shard: number of the shard the sample lies in.
+        use: number of the ingredient.
+        shard: number in ``Plan.shards``.
+        row: place in the shard.
+        first, last: units of the sample (rounds of a conversation, pairs of answers); -1, -1 = all of it.
+        max_tiles: tile limit of an image in its phase of the training.
+        tokens, tiles, targets: what was planned, over all its parts.
+        squares: sum of the squared lengths of its parts.
     """
 
-    tokens: Ints
-    tiles: Ints
-    targets: Ints
-    weight: NDArray[np.float64]
-    shard: Ints
-
-    def __len__(self) -> int:
-        return len(self.tokens)
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Upper bounds of one pack."""
-
+    use: int
+    shard: int
+    row: int
+    first: int
+    last: int
+    max_tiles: int
     tokens: int
     tiles: int
+    targets: int
+    squares: int
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps of packs of samples, as three flat arrays.
+    """Steps of packs of items, as three flat arrays.
 
     Attributes:
-        order: sample numbers, pack after pack.
-        pack_start: pack p holds ``order[pack_start[p]:pack_start[p + 1]]``.
+        items: dtype ``ITEM``, pack after pack.
+        pack_start: pack p holds ``items[pack_start[p]:pack_start[p + 1]]``.
         step_start: step s holds packs ``step_start[s]`` to ``step_start[s + 1]``.
-        pack_tokens, pack_tiles, pack_targets: sums of each pack.
-        dropped: (sample number, reason) of samples that fit no pack; never cut, never silent.
+        shards: what ``items["shard"]`` counts in.
+        cost: by which packs are dealt.
         report: fill, padding, drops: shares and counts for people.
+        examples: counts of the samples, and why some cannot be used.
+        dropped: (example, reason) of what fits no pack; never cut, never silent. Not stored with the plan.
     """
 
-    order: Ints
+    items: NDArray[Any]
     pack_start: Ints
     step_start: Ints
-    pack_tokens: Ints
-    pack_tiles: Ints
-    pack_targets: Ints
-    dropped: list[tuple[int, str]]
+    shards: list[ShardUse]
+    cost: CostModel
     report: dict[str, Any]
+    examples: dict[str, Any] = field(default_factory=dict)
+    dropped: list[tuple[int, str]] = field(default_factory=list)
+
+    @cached_property
+    def pack_tokens(self) -> Ints:
+        """Language-model tokens of each pack."""
+        return self._sums("tokens")
+
+    @cached_property
+    def pack_tiles(self) -> Ints:
+        """Vision tiles of each pack."""
+        return self._sums("tiles")
+
+    @cached_property
+    def pack_targets(self) -> Ints:
+        """Target tokens of each pack."""
+        return self._sums("targets")
+
+    @cached_property
+    def pack_squares(self) -> Ints:
+        """Sum of the squared segment lengths of each pack."""
+        return self._sums("squares")
+
+    @cached_property
+    def pack_cost(self) -> NDArray[np.float64]:
+        """Operations of each pack."""
+        return np.asarray(self.cost.cost(self.pack_tokens, self.pack_squares, self.pack_tiles, self.pack_targets))
+
+    def _sums(self, name: str) -> Ints:
+        return np.add.reduceat(self.items[name].astype(np.int64), self.pack_start[:-1])
 
     @property
     def steps(self) -> int:
@@ -91,9 +129,14 @@ class Plan:
         """Pack numbers of a step."""
         return range(int(self.step_start[step]), int(self.step_start[step + 1]))
 
-    def samples_of(self, pack: int) -> list[int]:
-        """Sample numbers of a pack, in the order they are laid out."""
-        return [int(i) for i in self.order[self.pack_start[pack] : self.pack_start[pack + 1]]]
+    def items_of(self, pack: int) -> list[Item]:
+        """Items of a pack, in the order they are laid out."""
+        return [Item(*item) for item in self.items[self.pack_start[pack] : self.pack_start[pack + 1]].tolist()]
+
+    def items_in(self, step: int) -> int:
+        """Number of items of a step over all ranks (of a preference stage: pairs)."""
+        packs = self.packs_of(step)
+        return int(self.pack_start[packs.stop] - self.pack_start[packs.start])
 
     def targets_of(self, step: int) -> int:
         """Target tokens of a step over all ranks: the divisor of its loss."""
@@ -101,178 +144,181 @@ class Plan:
 
     def digest(self) -> str:
         """sha256 over everything that decides the content of the steps."""
-        state = hashlib.sha256()
-        for array in (self.order, self.pack_start, self.step_start):
-            state.update(np.ascontiguousarray(array, dtype="<i8").tobytes() + b"|")
+        state = hashlib.sha256("|".join(entry.shard.sha256 for entry in self.shards).encode())
+        for array in (self.items, self.pack_start, self.step_start):
+            state.update(np.ascontiguousarray(array).tobytes() + b"|")
         return state.hexdigest()
 
-    def deal(self, step: int, world: int, tile_tokens: float = 16.0) -> list[list[int | None]]:
+    def deal(self, step: int, world: int) -> list[list[int | None]]:
         """Packs of a step for each rank, balanced by cost and equal in number (None = an empty pack).
 
-        Longest first onto the least loaded rank that still has room; ranks must run equally many micro-batches,
-        or a collective would wait for ever.
+        Ranks must run equally many micro-batches, or a collective would wait for ever.
         """
-        packs = list(self.packs_of(step))
-        room = -(-len(packs) // world)
-        cost = {p: self.cost(p, tile_tokens) for p in packs}
-        ranks: list[list[int]] = [[] for _ in range(world)]
-        load = [0.0] * world
-        for pack in sorted(packs, key=lambda p: (-cost[p], p)):
-            rank = min((r for r in range(world) if len(ranks[r]) < room), key=lambda r: (load[r], r))
-            ranks[rank].append(pack)
-            load[rank] += cost[pack]
-        return [[*sorted(mine), *[None] * (room - len(mine))] for mine in ranks]
+        packs = self.packs_of(step)
+        dealt = packing.deal(self.pack_cost[packs.start : packs.stop].tolist(), world)
+        room = max(len(mine) for mine in dealt)
+        return [[*(packs.start + p for p in mine), *[None] * (room - len(mine))] for mine in dealt]
 
-    def cost(self, pack: int, tile_tokens: float = 16.0) -> float:
-        """Relative time of a pack: its tokens, plus its tiles counted at half a token per image token."""
-        return float(self.pack_tokens[pack]) + TILE_COST * tile_tokens * float(self.pack_tiles[pack])
-
-    def imbalance(self, world: int, tile_tokens: float = 16.0) -> float:
+    def imbalance(self, world: int) -> float:
         """Mean over steps of (cost of the slowest rank / mean cost of a rank); 1.0 is perfect."""
         ratios = []
         for step in range(self.steps):
-            loads = [
-                sum(self.cost(p, tile_tokens) for p in mine if p is not None)
-                for mine in self.deal(step, world, tile_tokens)
-            ]
+            loads = [sum(self.pack_cost[p] for p in mine if p is not None) for mine in self.deal(step, world)]
             ratios.append(max(loads) / (sum(loads) / world))
         return float(np.mean(ratios)) if ratios else 1.0
 
 
-def make_plan(
-    lengths: Lengths,
-    budget: Budget,
-    packs: int,
-    seed: int,
-    epochs: float = 1.0,
-    max_steps: int | None = None,
-    look_ahead: int = LOOK_AHEAD,
-    window: int = WINDOW,
-) -> Plan:
-    """Plan the whole training.
-
-    Args:
-        packs: packs per optimizer step, over all processes.
-        epochs: passes over the weighted data; 1.5 shows half of the second pass. Ignored beyond ``max_steps``; with
-            ``max_steps`` and epochs 0, as many passes as the steps need.
+def make_plan(examples: Examples, stage: StageSpec, seed: int, visual: Visual, cost: CostModel) -> Plan:
+    """Plan the whole training of a stage; the same arguments always give the same plan.
 
     Raises:
-        DataError: nothing fits the budget, so there is nothing to train on.
+        DataError: nothing fits the budget, or nothing is shown, so there is nothing to train on; a text share without
+            samples for it.
     """
-    dropped = _too_long(lengths, budget)
-    usable = np.ones(len(lengths), dtype=bool)
-    usable[[i for i, _ in dropped]] = False
+    budget = stage.budget
+    limits = sorted({*(phase.max_tiles for phase in stage.mixture.tiles), visual.max_tiles})
+    pieces = {
+        limit: examples.pieces(visual, limit, budget.tokens, budget.tiles, budget.too_long == "split")
+        for limit in limits
+    }
+    dropped = [drop for limit in limits for drop in pieces[limit].dropped]
+    usable = np.zeros(len(examples), dtype=bool)
+    for found in pieces.values():
+        usable |= np.diff(found.start) > 0
     if not usable.any():
-        raise DataError(_nothing(lengths, budget, dropped))
-    wanted = None if max_steps is None else max_steps * packs
-    bins: list[list[int]] = []
-    opened: list[_Bin] = []
-    epoch = 0
-    while epoch < epochs or (wanted is not None and epochs <= 0 and len(bins) < wanted):
-        stream = _epoch_order(lengths, usable, seed, epoch, window)
-        if 0 < epochs < epoch + 1:
-            stream = stream[: max(1, round(len(stream) * (epochs - epoch)))]
-        for sample in stream.tolist():
-            _first_fit(
-                sample, int(lengths.tokens[sample]), int(lengths.tiles[sample]), budget, opened, bins, look_ahead
-            )
-            if wanted is not None and len(bins) >= wanted:
-                break
-        epoch += 1
-        if wanted is not None and len(bins) >= wanted:
-            break
-    bins += [b.samples for b in opened]
-    if not bins:
+        raise DataError(_nothing(examples, stage, dropped))
+    mixer = Mixer(examples, usable, stage, seed, visual.max_tiles)
+    chosen, streams = _pack(examples, stage, mixer, pieces)
+    if not streams:
+        weights = np.array([use.weight for use in examples.uses])[examples.arrays["use"]][usable]
         raise DataError(
-            f"none of {int(usable.sum())} usable samples is shown in {epochs:g} epochs: their weights (passes an epoch) sum to "
-            f"{float(lengths.weight[usable].sum()):.3g}, and chance left all of them out. Raise `weight` in the stage's data, or "
-            "`epochs`."
+            f"none of {int(usable.sum())} usable samples is shown in {stage.epochs:g} epochs: their weights (passes an epoch) sum to "
+            f"{float(weights.sum()):.3g}, which is less than one sample. Raise `weight` in the stage's data, or `epochs`."
         )
+    items, sizes, steps = _order(chosen, streams, stage, seed, cost)
+    plan = Plan(items, _starts(sizes), _starts(steps), examples.shards, cost, {}, examples.report, dropped)
+    plan.report.update(_report(plan, examples, stage, dropped) | mixer.report())
+    return plan
+
+
+def _pack(
+    examples: Examples, stage: StageSpec, mixer: Mixer, pieces: dict[int, Pieces]
+) -> tuple[NDArray[Any], list[list[tuple[int, list[int]]]]]:
+    """(items drawn [n], for each stream of bins: (place among all bins, item numbers))."""
+    budget, grouped = stage.budget, stage.mixture.group == "modality"
+    wanted = None if stage.max_steps is None else stage.max_steps * stage.packs
+    longest = np.concatenate([found.tokens for found in pieces.values()])
+    shown = mixer.total if wanted is None else min(mixer.total, int(wanted * budget.tokens / longest.mean()) + 1)
+    buffer = min(packing.BUFFER, max(1, shown // SHARPNESS)) if _ordered(stage) else packing.BUFFER
+    packers = [Packer(budget.tokens, budget.tiles, buffer) for _ in range(1 + grouped)]
+    streams: list[list[tuple[int, list[int]]]] = [[] for _ in packers]
+    blocks: list[NDArray[Any]] = []
+    block = int(np.clip(shown // POINTS, 1, BLOCK))
+    count = closed = tokens_drawn = tiles_drawn = 0
+    while wanted is None or closed < wanted:
+        # how many bins the items drawn so far need at least; bins themselves lag behind by the buffer
+        done = max(tokens_drawn / budget.tokens, tiles_drawn / budget.tiles) / wanted if wanted else 0.0
+        drawn, limit = mixer.take(block, done)
+        for start, end in pairwise([0, *(np.flatnonzero(np.diff(limit)) + 1).tolist(), len(limit)]):
+            if start == end:
+                continue
+            phase = int(limit[start])
+            made = _items(examples, pieces[phase], drawn[start:end], phase)
+            blocks.append(made)
+            for number, (tokens, tiles) in enumerate(zip(made["tokens"].tolist(), made["tiles"].tolist(), strict=True)):
+                packers[grouped and tiles > 0].add(count + number, tokens, tiles)
+            count += len(made)
+            tokens_drawn += int(made["tokens"].sum())
+            tiles_drawn += int(made["tiles"].sum())
+        for packer, stream in zip(packers, streams, strict=True):
+            if not len(drawn):
+                packer.flush()
+            stream += [(closed + number, taken) for number, taken in enumerate(packer.bins)]
+            closed += len(packer.bins)
+            packer.bins.clear()
+        if not len(drawn):
+            break
     if wanted is not None:
-        bins = bins[:wanted]
-    return _seal(bins, lengths, budget, packs, dropped)
+        streams = [[entry for entry in stream if entry[0] < wanted] for stream in streams]
+    return np.concatenate(blocks) if blocks else np.zeros(0, ITEM), [stream for stream in streams if stream]
 
 
-@dataclass
-class _Bin:
-    tokens: int
-    tiles: int
-    samples: list[int]
+def _ordered(stage: StageSpec) -> bool:
+    """Whether the mixture changes over the training, so that samples must stay near their place in it."""
+    return stage.mixture.text_share is not None or bool(stage.mixture.tiles)
 
 
-def _first_fit(
-    sample: int, tokens: int, tiles: int, budget: Budget, opened: list[_Bin], closed: list[list[int]], look_ahead: int
-) -> None:
-    """Put a sample into the first open bin with room; else open a bin, closing the oldest when too many are open."""
-    for number, b in enumerate(opened):
-        if b.tokens + tokens <= budget.tokens and b.tiles + tiles <= budget.tiles:
-            b.tokens += tokens
-            b.tiles += tiles
-            b.samples.append(sample)
-            if b.tokens == budget.tokens:
-                closed.append(opened.pop(number).samples)
-            return
-    if len(opened) >= look_ahead:
-        closed.append(opened.pop(0).samples)
-    opened.append(_Bin(tokens, tiles, [sample]))
+def _items(examples: Examples, pieces: Pieces, drawn: Ints, limit: int) -> NDArray[Any]:
+    """Items of drawn examples in their order; an example that fits no pack in this phase gives none."""
+    counts = (pieces.start[1:] - pieces.start[:-1])[drawn]
+    inner = np.arange(int(counts.sum())) - np.repeat(np.cumsum(counts) - counts, counts)
+    at = np.repeat(pieces.start[:-1][drawn], counts) + inner
+    made = np.zeros(len(at), dtype=ITEM)
+    example = pieces.example[at]
+    for name in ("use", "shard", "row"):
+        made[name] = examples.arrays[name][example]
+    for name in ("first", "last", "tokens", "tiles", "targets", "squares"):
+        made[name] = getattr(pieces, name)[at]
+    made["max_tiles"] = limit
+    return made
 
 
-def _too_long(lengths: Lengths, budget: Budget) -> list[tuple[int, str]]:
-    tokens, tiles = lengths.tokens > budget.tokens, lengths.tiles > budget.tiles
-    reasons = []
-    for i in np.flatnonzero(tokens | tiles).tolist():
-        if tokens[i]:
-            reasons.append((i, f"{lengths.tokens[i]} tokens, budget {budget.tokens}"))
-        else:
-            reasons.append((i, f"{lengths.tiles[i]} tiles, budget {budget.tiles}"))
-    return reasons
+def _order(
+    items: NDArray[Any], streams: list[list[tuple[int, list[int]]]], stage: StageSpec, seed: int, cost: CostModel
+) -> tuple[NDArray[Any], Ints, Ints]:
+    """(items pack after pack, items of each pack, packs of each step)."""
+    random = np.random.Generator(np.random.PCG64([seed, 3]))
+    steps: list[tuple[float, int, list[list[int]]]] = []
+    for number, stream in enumerate(streams):
+        bins = [taken for _, taken in stream]
+        sums = [_bin_sums(items, bins, name) for name in ("tokens", "squares", "tiles", "targets")]
+        place = np.array([place for place, _ in stream], dtype=np.float64)
+        done = 0
+        window = max(1, len(bins) // (SHARPNESS * stage.packs)) if _ordered(stage) else None
+        for step in packing.group(np.asarray(cost.cost(*sums)), stage.packs, random, window):
+            steps.append((float(place[done : done + len(step)].mean()), number, [bins[b] for b in step]))
+            done += len(step)
+    steps.sort(key=lambda step: step[:2])
+    packs = [pack for _, _, step in steps for pack in step]
+    order = np.array([i for pack in packs for i in pack], dtype=np.int64)
+    sizes = np.array([len(pack) for pack in packs], dtype=np.int64)
+    return items[order], sizes, np.array([len(step) for _, _, step in steps], dtype=np.int64)
 
 
-def _nothing(lengths: Lengths, budget: Budget, dropped: list[tuple[int, str]]) -> str:
-    if not len(lengths):
+def _bin_sums(items: NDArray[Any], bins: list[list[int]], name: str) -> Ints:
+    values = items[name].astype(np.int64)[np.array([i for b in bins for i in b], dtype=np.int64)]
+    return np.add.reduceat(values, _starts(np.array([len(b) for b in bins], dtype=np.int64))[:-1])
+
+
+def _starts(sizes: Ints) -> Ints:
+    return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+
+
+def _nothing(examples: Examples, stage: StageSpec, dropped: list[tuple[int, str]]) -> str:
+    if not len(examples):
         return "no training sample is left after filtering; look at the counts of skipped samples and their reasons"
     return (
-        f"none of {len(lengths)} samples fits a pack of {budget.tokens} tokens and {budget.tiles} tiles (first: "
+        f"none of {len(examples)} samples fits a pack of {stage.budget.tokens} tokens and {stage.budget.tiles} tiles (first: "
         f"{dropped[0][1]}); samples are never cut inside an image, so raise budget.tokens / budget.tiles or lower "
         "model.tiling.max_tiles"
     )
 
 
-def _epoch_order(lengths: Lengths, usable: NDArray[np.bool_], seed: int, epoch: int, window: int) -> Ints:
-    """Sample numbers of one epoch, shuffled by (seed, epoch) inside windows of shuffled shards, weights applied."""
-    random = np.random.Generator(np.random.PCG64([seed, epoch]))
-    shards = int(lengths.shard.max()) + 1
-    rank_of_shard = random.permutation(shards)
-    whole = np.floor(lengths.weight).astype(np.int64)
-    extra = random.random(len(lengths)) < (lengths.weight - whole)
-    copies = np.where(usable, whole + extra, 0)
-    order = np.repeat(np.arange(len(lengths), dtype=np.int64), copies)
-    draw = random.random(len(order))
-    return order[np.lexsort((draw, rank_of_shard[lengths.shard[order]] // window))]
-
-
-def _seal(bins: list[list[int]], lengths: Lengths, budget: Budget, packs: int, dropped: list[tuple[int, str]]) -> Plan:
-    sizes = np.array([len(b) for b in bins], dtype=np.int64)
-    order = np.array([i for b in bins for i in b], dtype=np.int64)
-    pack_start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    step_start = np.append(np.arange(0, len(bins), packs), len(bins)).astype(np.int64)
-
-    def sums(values: Ints) -> Ints:
-        return np.add.reduceat(values[order], pack_start[:-1]).astype(np.int64)
-
-    tokens, tiles = sums(lengths.tokens), sums(lengths.tiles)
-    report = {
-        "samples": len(lengths),
-        "shown": len(order),
-        "packs": len(bins),
-        "steps": len(step_start) - 1,
+def _report(plan: Plan, examples: Examples, stage: StageSpec, dropped: list[tuple[int, str]]) -> dict[str, Any]:
+    losing = {number for number, _ in dropped}
+    tokens = plan.pack_tokens
+    return {
+        "samples": len(examples),
+        "shown": len(plan.items),
+        "packs": len(tokens),
+        "steps": plan.steps,
         "tokens": int(tokens.sum()),
-        "targets": int(lengths.targets[order].sum()),
-        "tiles": int(tiles.sum()),
-        "fill_tokens": round(float(tokens.mean() / budget.tokens), 4),
-        "fill_tiles": round(float(tiles.mean() / max(1, budget.tiles)), 4),
+        "targets": int(plan.pack_targets.sum()),
+        "tiles": int(plan.pack_tiles.sum()),
+        "fill_tokens": round(float(tokens.mean() / stage.budget.tokens), 4),
+        "fill_tiles": round(float(plan.pack_tiles.mean() / max(1, stage.budget.tiles)), 4),
         "padding": 0.0,  # packs are laid end to end: no pad token exists
-        "dropped": len(dropped),
-        "dropped_share": round(len(dropped) / max(1, len(lengths)), 4),
+        "split": int((plan.items["first"] >= 0).sum()),
+        "dropped": len(losing),
+        "dropped_share": round(len(losing) / max(1, len(examples)), 4),
     }
-    return Plan(order, pack_start, step_start, tokens, tiles, sums(lengths.targets), dropped, report)

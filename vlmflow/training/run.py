@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmflow import storage
+from vlmflow.dataset import manifest
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.digest import digest
 from vlmflow.errors import DataError, RecipeError
 from vlmflow.models import store
 from vlmflow.models.store import ModelLineage, ModelRef
-from vlmflow.training import checkpoint, examples, plan
+from vlmflow.training import checkpoint, length, plan, plan_file
 from vlmflow.training.job import Job
 from vlmflow.training.launch import launch
+from vlmflow.training.prepare import prepare
 
 if TYPE_CHECKING:
     from vlmflow.recipe import Recipe
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
     from vlmflow.recipe.stage import StageSpec
     from vlmflow.step import Context
 
-VERSION = 1  # of the loop; with the plan's and the examples' versions it is part of every train digest
+VERSION = 2  # of the loop; with the plan's and the length layer's versions it is part of every train digest
 
 # How a stage is run, not what it learns: a changed value continues the same training.
 EXECUTION = {"processes", "threads", "zero", "checkpoint", "failure_limit"}
@@ -56,7 +58,7 @@ def train_digest(
     """Identity of a training: everything that decides its weights, up to the order of float sums."""
     return digest(
         {
-            "versions": [VERSION, examples.VERSION, plan.VERSION],
+            "versions": [VERSION, length.VERSION, plan.VERSION],
             "stage": stage.model_dump(mode="json", exclude=EXECUTION),
             "uses": [use.model_dump(mode="json") for use in uses],
             "init": store.behaviour_digest(init.files),
@@ -92,7 +94,7 @@ def run(
         return found
     label = stage_name if candidate is None else f"{stage_name}-{candidate}"
     job = _job(ctx, label, key, stage, uses, init, datasets)
-    path = Path(job.work) / "job.json"
+    path = job.work / "job.json"
     path.write_text(job.model_dump_json())
     table = _train(ctx, job, path)
     ref = _publish(ctx, job, init, datasets, table)
@@ -106,23 +108,27 @@ def _checkpoints(ctx: Context, key: str) -> str:
 
 
 def _job(
-    ctx: Context, label: str, key: str, stage: StageSpec, uses: list, init: ModelRef, datasets: dict[str, Manifest]
+    ctx: Context,
+    label: str,
+    key: str,
+    stage: StageSpec,
+    uses: list[DataUse],
+    init: ModelRef,
+    datasets: dict[str, Manifest],
 ) -> Job:
-    work = Path(ctx.scratch).resolve() / "training" / key[:32]
-    work.mkdir(parents=True, exist_ok=True)
-    files = {}
-    for name in {use.dataset for use in uses}:
-        files[name] = work / f"data-{name}.json"
-        files[name].write_text(datasets[name].model_dump_json())
-    return Job(
+    """Plan the stage, store what its ranks need and describe it. Raises: as `prepare.prepare`."""
+    uri = storage.join(ctx.root, "training", key)
+    prepare(ctx, stage, uses, init, datasets, storage.join(uri, "plan"))
+    manifests = {name: manifest.save(datasets[name], ctx.root) for name in sorted({use.dataset for use in uses})}
+    job = Job(
         label=label,
         key=key,
         family=ctx.recipe.model.family,
-        model=str(store.fetch(init, ctx.scratch)),
+        model=storage.join(init.uri, store.MARKER),
         stage=stage,
-        uses=[(use, str(files[use.dataset])) for use in uses],
+        uses=[(use, manifests[use.dataset]) for use in uses],
+        plan=storage.join(uri, "plan", plan_file.MARKER),
         seed=ctx.recipe.seed,
-        work=str(work),
         scratch=str(Path(ctx.scratch).resolve()),
         checkpoints=_checkpoints(ctx, key),
         tracking={
@@ -133,6 +139,8 @@ def _job(
             "params": {"stage": json.dumps(stage.model_dump(mode="json"))},
         },
     )
+    job.work.mkdir(parents=True, exist_ok=True)
+    return job
 
 
 def _train(ctx: Context, job: Job, path: Path) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def prepare(job: Job, device: Any) -> Setup:
     stage = job.stage
     family = models.family(job.family)
     dtype = torch.bfloat16 if stage.dtype == "bf16" else torch.float32
-    model, tokenizer = models.load_model(job.model, dtype=dtype)
+    model, tokenizer = models.load_model(job.model_folder(), dtype=dtype)
     rules = [Rule(r.modules, r.lr, r.last, r.weight_decay) for r in stage.train]
     sizes = {name: p.numel() for name, p in model.named_parameters()}
     table = make_table(sizes, rules, family.roles, family.unused, family.layers)

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import gc
 import math
-import os
 import shutil
 import threading
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from vlmflow.errors import StepFailed, VlmflowError
+from vlmflow.errors import StepFailed
 from vlmflow.training.job import Job, emit
 
 NOT_COPIED = {"model.json", "model.safetensors.index.json"}
@@ -66,65 +64,25 @@ class Trainer:
         self._prepare()
 
     def _prepare(self) -> None:
-        """Examples and plan: rank 0 of a machine encodes, the others map the result."""
+        """The plan that the launcher made, and what turns its items into batches."""
         import numpy as np
-        import torch
-        import torch.distributed as dist
         from PIL import Image
 
         from vlmflow.models.chat import Segment
-        from vlmflow.training import examples
-        from vlmflow.training.plan import Budget, make_plan
+        from vlmflow.training import plan_file
+        from vlmflow.training.examples import Encoder
 
-        job, stage, family, config = self.job, self.stage, self.family, self.config
-
-        def encode(segments: Any, images: list[dict[str, Any]]) -> examples.Encoded:
-            tiles = [family.tiles_for(i["width"], i["height"], config) for i in images]
-            ids, target = family.expand(segments, self.tokenizer, tiles, config)
-            return examples.Encoded(ids, target, tiles)
-
-        folder = Path(job.work) / "examples"
-        failed: VlmflowError | None = None
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            try:
-                examples.prepare(folder, job.mixture(), stage, encode, job.seed, Path(job.scratch))
-            except VlmflowError as error:
-                failed = error
-        if self.world > 1:
-            told = torch.tensor([failed is not None], dtype=torch.float32, device=self.device)
-            dist.all_reduce(told)
-            if failed is None and told[0] > 0:
-                raise StepFailed("preparing the examples failed on another rank; its own message says why")
-        if failed is not None:
-            raise failed
-        self.examples = examples.load(folder)
-        self.plan = make_plan(
-            self.examples.lengths(),
-            Budget(stage.budget.tokens, stage.budget.tiles),
-            stage.packs,
-            job.seed,
-            stage.epochs,
-            stage.max_steps,
-        )
-        dropped = [{"reason": reason, "count": 1, "example": self.key_of(i)} for i, reason in self.plan.dropped[:3]]
-        report = self.examples.report
-        examples.check_failures(
-            report["failed"] + len(self.plan.dropped),
-            report["seen"],
-            stage.failure_limit,
-            [*dropped, *report["reasons"]],
-        )
-        self.tile_tokens = float(family.tokens_per_tile(config))
+        job, family, config = self.job, self.family, self.config
+        self.plan = plan_file.load(job.plan, job.cache)
+        uses = [use for use, _ in job.uses]
+        self.encoder = Encoder(family, self.tokenizer, config, job.stage, uses, job.seed)
         blank = family.tile(Image.new("RGB", (8, 8)), config)
         self.side = int(np.shape(blank)[1])
         self.dummy, _ = family.expand([Segment(image=0)], self.tokenizer, [1], config)
 
-    def key_of(self, number: int) -> str:
-        """Sample key of an example."""
-        from vlmflow.dataset.shard import ShardReader
-
-        reference, _ = self.examples.shards[int(self.examples.arrays["shard"][number])]
-        return ShardReader(reference, self.job.scratch).keys()[int(self.examples.arrays["row"][number])]
+    def tile(self, image: Any, max_tiles: int) -> Any:
+        """Tiles of an image under the tile limit of its phase, uint8 [t, S, S, 3]."""
+        return self.family.tile(image, {"tile": self.side, "max_tiles": max_tiles})
 
     def run(self) -> None:
         """Train from the newest checkpoint to the last step.
@@ -141,21 +99,20 @@ class Trainer:
         first, log = self._resume()
         schedule, steps = self.stage.schedule, self.plan.steps
         loader = Loader(
-            self.examples,
             self.plan,
-            lambda image: self.family.tile(image, self.config),
+            self.encoder,
+            self.tile,
             self.family.positions,
             self.dummy,
             self.side,
-            Path(self.job.scratch),
+            self.job.cache,
             self.rank,
             self.world,
-            self.tile_tokens,
             workers=1 if self.device.type == "cpu" else max(2, self.stage.threads),
         )
         if self.rank == 0:
-            report = self.plan.report | {"imbalance": round(self.plan.imbalance(self.world, self.tile_tokens), 4)}
-            emit(event="plan", steps=steps, first=first, report=report, examples=self.examples.report)
+            report = self.plan.report | {"imbalance": round(self.plan.imbalance(self.world), 4)}
+            emit(event="plan", steps=steps, first=first, report=report, examples=self.plan.examples)
         gc.freeze()  # the imports and the model are not garbage; the collector need not look at them again
         shown = 0.0
         status = "FAILED"
@@ -258,7 +215,7 @@ class Trainer:
 
         job = self.job
         plan = self.plan.digest()
-        copy = Path(job.work) / f"resume-{self.rank}"
+        copy = job.work / f"resume-{self.rank}"
         found, ignored = checkpoint.newest(job.checkpoints, plan, copy)
         first, earlier = 0, ""
         if found is not None:
@@ -292,7 +249,7 @@ class Trainer:
             state = {"plan": self.plan.digest(), "world": self.world, "seed": self.job.seed, "key": self.job.key}
             if log.tracker is not None and log.tracker.run_id:
                 state["mlflow_run"] = log.tracker.run_id
-            work = Path(self.job.work) / "saving"
+            work = self.job.work / "saving"
             checkpoint.save(
                 self.job.checkpoints, done, weights, moments, state, log.text(), work, self.stage.checkpoint.keep
             )
@@ -304,9 +261,10 @@ class Trainer:
             return
         out = self.job.out
         shutil.rmtree(out, ignore_errors=True)
-        for path in sorted(Path(self.job.model).rglob("*")):
+        initial = self.job.model_folder()
+        for path in sorted(initial.rglob("*")):
             if path.is_file() and path.suffix != ".safetensors" and path.name not in NOT_COPIED:
-                target = out / path.relative_to(self.job.model)
+                target = out / path.relative_to(initial)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
         self.engine.module.save_pretrained(out)

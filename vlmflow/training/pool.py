@@ -1,0 +1,257 @@
+"""All samples that a stage may learn from, as flat arrays built from the `length` layers of its ingredients."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from vlmflow.dataset.layer import read_columns
+from vlmflow.dataset.manifest import LayerPart, Manifest, ShardRef
+from vlmflow.errors import DataError, StepFailed
+from vlmflow.training.examples import KINDS, LAYER_TEXTS
+from vlmflow.training.length import LAYER, NOT_KEPT
+
+if TYPE_CHECKING:
+    from vlmflow.recipe.mixture import DataUse
+
+Ints = NDArray[np.int64]
+UNIT_COLUMNS = ("begin", "end", "targets", "images")
+
+
+class ShardUse(BaseModel):
+    """One shard as one ingredient reads it: the text's layer part beside it, where the text is a layer's."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    use: int
+    dataset: str
+    shard: ShardRef
+    text: LayerPart | None = None
+
+
+class Pieces(NamedTuple):
+    """What may be packed, for one tile limit: whole examples, or stretches of units of those that are too long.
+
+    Arrays of equal length, in the order of the examples; pieces of example e are ``start[e]:start[e + 1]``.
+
+    Attributes:
+        first, last: units; -1, -1 = the whole example.
+        squares: sum of the squared lengths of its segments.
+        dropped: (example, reason) of what fits no pack.
+        losing: number of examples that lose something.
+    """
+
+    example: Ints
+    first: Ints
+    last: Ints
+    tokens: Ints
+    tiles: Ints
+    targets: Ints
+    squares: Ints
+    start: Ints
+    dropped: list[tuple[int, str]]
+
+
+@dataclass(frozen=True)
+class Visual:
+    """How images become tokens.
+
+    Attributes:
+        tokens_per_tile: tokens in the language model.
+        max_tiles: the model's own limit.
+        tiles_for: (width, height, max_tiles) -> tiles, thumbnail included.
+    """
+
+    tokens_per_tile: int
+    max_tiles: int
+    tiles_for: Callable[[int, int, int], int]
+
+
+@dataclass
+class Examples:
+    """Usable samples of a stage; e counts examples, u their units, i their images.
+
+    Attributes:
+        uses: the stage's ingredients.
+        shards: ``arrays["shard"]`` points in here, ``arrays["row"]`` into the shard.
+        arrays: use, shard, row [e]; unit_start [e + 1] into begin, end, targets, images [u] (see `length.measure`);
+            image_start [e + 1] into size [i], a row of sizes [s, 2] in pixels.
+        report: counts: examples, seen, filtered, failed, and reasons with an example key each.
+    """
+
+    uses: list[DataUse]
+    shards: list[ShardUse]
+    arrays: dict[str, NDArray[Any]]
+    report: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.arrays["shard"])
+
+    @property
+    def text_only(self) -> NDArray[np.bool_]:
+        """Which examples have no image [e]."""
+        return np.diff(self.arrays["image_start"]) == 0
+
+    @property
+    def sources(self) -> list[str]:
+        """Source of each entry of ``shards``."""
+        return [entry.shard.source for entry in self.shards]
+
+    def key(self, number: int, scratch: Path) -> str:
+        """Sample key of an example."""
+        from vlmflow.dataset.shard import ShardReader
+
+        shard = self.shards[int(self.arrays["shard"][number])].shard
+        return ShardReader(shard, scratch).keys()[int(self.arrays["row"][number])]
+
+    def pieces(self, visual: Visual, max_tiles: int, tokens: int, tiles: int, split: bool) -> Pieces:
+        """What can be packed under a tile limit and the two budgets of a pack.
+
+        Args:
+            split: stretches of a too long conversation are tried; else it is dropped.
+        """
+        a = self.arrays
+        counts = np.array([visual.tiles_for(int(w), int(h), max_tiles) for w, h in a["sizes"]], dtype=np.int64)
+        cumulative = np.concatenate([[0], np.cumsum(counts[a["size"]], dtype=np.int64)])
+        parts = np.array([KINDS[use.text].parts for use in self.uses], dtype=np.int64)[a["use"]]
+        joined = np.array([KINDS[use.text].joined for use in self.uses], dtype=bool)[a["use"]]
+        units = np.diff(a["unit_start"])
+        of_unit = np.repeat(np.arange(len(self), dtype=np.int64), units)
+        # tiles of all images shown up to the end of a unit, in one part
+        shown = cumulative[a["image_start"][of_unit] + a["images"]] - cumulative[a["image_start"][of_unit]]
+        first_unit, last_unit = a["unit_start"][:-1], a["unit_start"][1:] - 1
+
+        def built(example: Ints, i: Ints, j: Ints) -> tuple[Ints, Ints, Ints, Ints]:
+            """tokens, tiles, targets, squares of units i to j (counted over all examples)."""
+            part = parts[example]
+            inside = shown[j] * part
+            length = a["end"][j] - a["begin"][i] + inside * visual.tokens_per_tile
+            earlier = np.where(i > first_unit[example], a["targets"][i - 1], 0)
+            return length, inside, a["targets"][j] - earlier, length * length // part
+
+        whole = np.flatnonzero(joined)
+        columns = [(whole, np.full(len(whole), -1), np.full(len(whole), -1), *built(whole, first_unit[whole], last_unit[whole]))]
+        alone = np.flatnonzero(~joined[of_unit])
+        inner = alone - first_unit[of_unit[alone]]
+        columns.append((of_unit[alone], inner, inner, *built(of_unit[alone], alone, alone)))
+        made = [np.concatenate(column).astype(np.int64) for column in zip(*columns, strict=True)]
+        fits = (made[3] <= tokens) & (made[4] <= tiles)
+        dropped: list[tuple[int, str]] = []
+        rest: list[tuple[int, ...]] = []
+        for n in np.flatnonzero(~fits).tolist():
+            e = int(made[0][n])
+            if not split or made[1][n] >= 0 or units[e] == 1:
+                dropped.append((e, _too_long(int(made[3][n]), int(made[4][n]), tokens, tiles)))
+                continue
+            base = int(first_unit[e])
+            for i, j, value in _split(base, int(units[e]), tokens, tiles, lambda i, j, e=e: _one(built, e, i, j)):
+                if value[0] <= tokens and value[1] <= tiles:
+                    rest.append((e, i - base, j - base, *value))
+                else:
+                    dropped.append((e, f"round {i - base + 1} of {units[e]}: {_too_long(*value[:2], tokens, tiles)}"))
+        extra = np.array(rest, dtype=np.int64).reshape(-1, 7)
+        table = [np.concatenate([column[fits], extra[:, c]]) for c, column in enumerate(made)]
+        order = np.lexsort((table[1], table[0]))
+        table = [column[order] for column in table]
+        start = np.searchsorted(table[0], np.arange(len(self) + 1))
+        return Pieces(*table, start=start, dropped=dropped)
+
+
+def _one(built: Callable[..., Any], e: int, i: int, j: int) -> tuple[int, ...]:
+    one = np.ones(1, dtype=np.int64)
+    return tuple(int(column[0]) for column in built(one * e, one * i, one * j))
+
+
+def _split(
+    base: int, units: int, tokens: int, tiles: int, length: Callable[[int, int], tuple[int, ...]]
+) -> list[tuple[int, int, tuple[int, ...]]]:
+    """(first, last, lengths) of the fewest stretches that fit; a unit that is too long by itself is a stretch."""
+    found = []
+    i = base
+    while i < base + units:
+        j, value = i, length(i, i)
+        while j + 1 < base + units:
+            longer = length(i, j + 1)
+            if longer[0] > tokens or longer[1] > tiles:
+                break
+            j, value = j + 1, longer
+        found.append((i, j, value))
+        i = j + 1
+    return found
+
+
+def _too_long(found: int, found_tiles: int, tokens: int, tiles: int) -> str:
+    return f"{found} tokens, budget {tokens}" if found > tokens else f"{found_tiles} tiles, budget {tiles}"
+
+
+def gather(uses: Sequence[tuple[DataUse, Manifest]], scratch: Path) -> Examples:
+    """Examples of ingredients whose manifests carry the `length` layer (of these sources alone)."""
+    import pyarrow.compute as pc
+
+    shards: list[ShardUse] = []
+    columns: dict[str, list[Any]] = {name: [] for name in ("use", "shard", "row", "units", "n", "w", "h", *UNIT_COLUMNS)}
+    reasons: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    for number, (use, manifest) in enumerate(uses):
+        texts = manifest.layer(use.text).parts if use.text in LAYER_TEXTS else [None] * len(manifest.shards)
+        for shard, part, text in zip(manifest.shards, manifest.layer(LAYER).parts, texts, strict=True):
+            table = read_columns(part, scratch)
+            for column in ("filtered", "error"):
+                bad = table.filter(table[column].is_valid())
+                counts[column] += len(bad)
+                for key, reason in zip(bad["key"].to_pylist(), bad[column].to_pylist(), strict=True):
+                    if reason != NOT_KEPT:
+                        reasons[reason] += 1
+                        first.setdefault(reason, key)
+            good = pc.and_(table["filtered"].is_null(), table["error"].is_null()).to_numpy()
+            table = table.filter(good)
+            rows = np.flatnonzero(good)
+            columns["use"].append(np.full(len(rows), number))
+            columns["shard"].append(np.full(len(rows), len(shards)))
+            columns["row"].append(rows)
+            for name, source in (("units", "end"), ("n", "widths")):
+                columns[name].append(pc.list_value_length(table[source]).to_numpy())
+            for name in UNIT_COLUMNS:
+                columns[name].append(pc.list_flatten(table[name]).to_numpy())
+            for name, source in (("w", "widths"), ("h", "heights")):
+                columns[name].append(pc.list_flatten(table[source]).to_numpy())
+            shards.append(ShardUse(use=number, dataset=manifest.name, shard=shard, text=text))
+    flat = {k: np.concatenate(v).astype(np.int64) if v else np.zeros(0, np.int64) for k, v in columns.items()}
+    sizes, size = np.unique(flat.pop("w") << 32 | flat.pop("h"), return_inverse=True)
+    arrays = flat | {
+        "unit_start": np.concatenate([[0], np.cumsum(flat.pop("units"))]),
+        "image_start": np.concatenate([[0], np.cumsum(flat.pop("n"))]),
+        "size": size,
+        "sizes": np.stack([sizes >> 32, sizes & 0xFFFFFFFF], axis=1),
+    }
+    examples = len(arrays["row"])
+    report = {
+        "examples": examples,
+        "seen": examples + counts["error"],
+        "filtered": counts["filtered"],
+        "failed": counts["error"],
+        "reasons": [{"reason": r, "count": n, "example": first[r]} for r, n in reasons.most_common()],
+    }
+    return Examples([use for use, _ in uses], shards, arrays, report)
+
+
+def check_failures(failed: int, seen: int, limit: float, reasons: list[dict[str, Any]], filtered: int = 0) -> None:
+    """Raise StepFailed above the limit, DataError when there is nothing at all."""
+    if not seen:
+        raise DataError(
+            f"the stage has no sample to train on: {filtered} were filtered out by the keep layer or have no text; check stages.*.data"
+        )
+    if failed > limit * seen:
+        top = "; ".join(f"{r['count']} x {r['reason']} (e.g. {r['example']})" for r in reasons[:4])
+        raise StepFailed(
+            f"{failed} of {seen} samples ({failed / seen:.1%}) cannot be trained on, more than failure_limit {limit:.1%}: {top}. "
+            "Repair or filter the data, or raise failure_limit if this loss is acceptable."
+        )
