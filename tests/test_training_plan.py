@@ -1,108 +1,156 @@
-"""The pack plan: budgets kept, nothing lost, the same steps whatever the number of processes."""
+"""The pack plan: budgets kept, nothing lost, the same steps whatever the number of processes, whole in the store."""
 
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from training_world import TILE_TOKENS, examples, plan_of
 
+from vlmflow import storage
 from vlmflow.errors import DataError
-from vlmflow.training.plan import Budget, Lengths, make_plan
+from vlmflow.recipe.mixture import DataUse
+from vlmflow.training import plan_file
+from vlmflow.training.plan import Plan
+
+BUDGET = {"tokens": 64, "tiles": 4}
+samples = st.lists(st.tuples(st.integers(1, 70), st.integers(0, 3)), min_size=1, max_size=60)
+mixtures = st.sampled_from(
+    [
+        {},
+        {"group": "modality"},
+        {"tiles": [{"until": 0.4, "max_tiles": 1}]},
+        {"tiles": [{"until": 0.5, "max_tiles": 3}]},
+    ]
+)
 
 
-def lengths(tokens: list[int], tiles: list[int] | None = None, weight: float = 1.0, shards: int = 3) -> Lengths:
-    n = len(tokens)
-    return Lengths(
-        tokens=np.array(tokens, dtype=np.int64),
-        tiles=np.array(tiles if tiles is not None else [1] * n, dtype=np.int64),
-        targets=np.array([max(1, t // 3) for t in tokens], dtype=np.int64),
-        weight=np.full(n, weight),
-        shard=np.arange(n, dtype=np.int64) * shards // max(1, n),
-    )
+def rows(plan: Plan) -> list[int]:
+    return plan.items["row"].tolist()
 
 
-samples = st.lists(st.tuples(st.integers(1, 70), st.integers(0, 5)), min_size=1, max_size=60)
+@settings(max_examples=80, deadline=None)
+@given(samples, st.integers(1, 4), st.integers(0, 3), st.integers(1, 5), mixtures)
+def test_every_sample_once_within_both_budgets(
+    drawn: list, packs: int, seed: int, world: int, mixture: dict[str, Any]
+) -> None:
+    made = examples(drawn)
+    limits = [2, *(phase["max_tiles"] for phase in mixture.get("tiles", []))]
 
+    def fits(text: int, images: int, most: int) -> bool:
+        return text + images * most * TILE_TOKENS <= 64 and images * most <= 4
 
-@settings(max_examples=60, deadline=None)
-@given(samples, st.integers(1, 4), st.integers(0, 3), st.integers(1, 5))
-def test_every_sample_once_within_both_budgets(drawn: list, packs: int, seed: int, world: int) -> None:
-    data = lengths([t for t, _ in drawn], [v for _, v in drawn])
-    budget = Budget(tokens=64, tiles=4)
-    fits = [i for i, (t, v) in enumerate(drawn) if t <= 64 and v <= 4]
-    if not fits:
+    stage = {"budget": BUDGET, "packs": packs, "mixture": mixture}
+    if not any(fits(t, i, most) for t, i in drawn for most in limits):
         with pytest.raises(DataError, match="none of"):
-            make_plan(data, budget, packs, seed)
+            plan_of(made, seed, **stage)
         return
-    plan = make_plan(data, budget, packs, seed)
-    assert sorted(plan.order.tolist()) == fits
-    assert {i for i, _ in plan.dropped} == set(range(len(drawn))) - set(fits)
+    try:
+        plan = plan_of(made, seed, **stage)
+    except DataError:  # every sample was drawn in the phase in which it does not fit
+        assert mixture.get("tiles") and not all(any(fits(t, i, m) for m in limits) for t, i in drawn)
+        return
+    counts = Counter(rows(plan))
+    assert set(counts.values()) <= {1}
+    assert {n for n, (t, i) in enumerate(drawn) if all(fits(t, i, m) for m in limits)} <= set(counts)
+    assert {n for n, _ in plan.dropped} == {
+        n for n, (t, i) in enumerate(drawn) if not all(fits(t, i, m) for m in limits)
+    }
     for pack in range(len(plan.pack_tokens)):
-        inside = plan.samples_of(pack)
-        assert sum(drawn[i][0] for i in inside) == plan.pack_tokens[pack] <= 64
-        assert sum(drawn[i][1] for i in inside) == plan.pack_tiles[pack] <= 4
-    assert sum(plan.targets_of(s) for s in range(plan.steps)) == data.targets[fits].sum()
+        inside = plan.items_of(pack)
+        for item in inside:
+            text, images = drawn[item.row]
+            assert item.max_tiles in limits
+            assert item.tiles == images * item.max_tiles and item.tokens == text + TILE_TOKENS * item.tiles
+            assert item.squares == item.tokens**2
+        assert sum(item.tokens for item in inside) == plan.pack_tokens[pack] <= 64
+        assert sum(item.tiles for item in inside) == plan.pack_tiles[pack] <= 4
+        if "group" in mixture:
+            assert len({item.tiles > 0 for item in inside}) == 1
+    assert sum(plan.targets_of(s) for s in range(plan.steps)) == plan.items["targets"].sum() == plan.report["targets"]
+    assert sum(plan.items_in(s) for s in range(plan.steps)) == len(plan.items) == plan.report["shown"]
     for step in range(plan.steps):
+        assert 1 <= len(plan.packs_of(step)) <= packs
         dealt = plan.deal(step, world)
         assert len({len(mine) for mine in dealt}) == 1, "ranks with unequal micro-batches wait for ever"
         assert sorted(p for mine in dealt for p in mine if p is not None) == list(plan.packs_of(step))
 
 
 def test_same_inputs_same_plan_other_seed_other_plan() -> None:
-    data = lengths([5 + i % 13 for i in range(100)])
-    first, again, other = (make_plan(data, Budget(64, 8), 2, seed, epochs=2) for seed in (1, 1, 2))
+    made = examples([(5 + i % 13, i % 2) for i in range(100)])
+    first, again, other = (plan_of(made, seed, epochs=2) for seed in (1, 1, 2))
     assert first.digest() == again.digest() != other.digest()
-    half = len(first.order) // 2
-    assert first.order[:half].tolist() != first.order[half:].tolist(), "every epoch has its own order"
+    for world in (1, 2, 8):
+        again.imbalance(world)
+        assert again.digest() == first.digest()
 
 
-def test_epochs_weights_and_steps() -> None:
-    data = lengths([10] * 40, weight=2.0)
-    assert Counter(make_plan(data, Budget(64, 8), 2, 0, epochs=1).order.tolist()) == dict.fromkeys(range(40), 2)
-    partial = make_plan(lengths([10] * 40), Budget(64, 8), 2, 0, epochs=1.5)
-    assert len(partial.order) == 60
-    halved = make_plan(lengths([10] * 400, weight=0.5), Budget(64, 8), 2, 0)
-    assert 150 < len(halved.order) < 250
-    assert max(Counter(halved.order.tolist()).values()) == 1
-    assert make_plan(lengths([10] * 40), Budget(64, 8), 2, 0, epochs=5, max_steps=3).steps == 3
+def test_epochs_and_steps() -> None:
+    made = examples([(10, 0)] * 40)
+    assert len(rows(plan_of(made, epochs=1.5))) == 60
+    assert plan_of(made, epochs=5, max_steps=3).steps == 3
+    assert plan_of(made, epochs=1, max_steps=300).steps < 300, "the epochs end before the steps do"
+    both = rows(plan_of(made, epochs=2))
+    assert Counter(both) == dict.fromkeys(range(40), 2)
 
 
 def test_a_mixture_that_shows_nothing_says_so() -> None:
+    uses = [DataUse(dataset="seed", text="alt", weight=0.001)]
     with pytest.raises(DataError, match=r"none of 2 usable samples.*sum to 0\.002.*Raise `weight`"):
-        make_plan(lengths([10, 10], weight=0.001), Budget(64, 8), 2, 0)
+        plan_of(examples([(10, 0)] * 2, uses=uses))
 
 
-def test_windows_keep_shards_together() -> None:
-    data = lengths([10] * 120, shards=6)
-    order = make_plan(data, Budget(10, 8), 1, 0, window=2, look_ahead=1).order
-    windows = [set(data.shard[order[i : i + 40]].tolist()) for i in (0, 40, 80)]
+def test_too_long_is_dropped_with_both_numbers() -> None:
+    plan = plan_of(examples([(10, 0), (100, 0), (10, 5)]), budget=BUDGET)
+    assert dict(plan.dropped) == {1: "100 tokens, budget 64", 2: "110 tokens, budget 64"}
+    tight = plan_of(examples([(10, 0), (10, 3)]), budget={"tokens": 128, "tiles": 4})
+    assert dict(tight.dropped) == {1: "6 tiles, budget 4"}
+    assert (plan.report["dropped"], tight.report["dropped_share"]) == (2, 0.5)
+
+
+def test_a_stored_plan_is_the_plan(tmp_path: Path) -> None:
+    plan = plan_of(examples([(5 + i % 13, i % 2) for i in range(50)]))
+    marker = plan_file.save(plan, str(tmp_path / "plan"))
+    found = plan_file.load(marker)
+    assert found.digest() == plan.digest() and found.report == plan.report and found.shards == plan.shards
+    assert found.cost == plan.cost and found.items_of(1) == plan.items_of(1)
+    before = {u.uri: storage.read_bytes(u.uri) for u in storage.list_uris(str(tmp_path))}
+    plan_file.save(plan, str(tmp_path / "plan"))
+    assert before == {u.uri: storage.read_bytes(u.uri) for u in storage.list_uris(str(tmp_path))}
+
+
+@pytest.mark.parametrize("name", [*(f"{n}.npy" for n in plan_file.ARRAYS), plan_file.MARKER])
+def test_a_damaged_plan_is_refused_and_made_again(tmp_path: Path, name: str) -> None:
+    marker = plan_file.save(plan_of(examples([(10, 0)] * 9)), str(tmp_path))
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"[Dd]elete it"):
+        plan_file.load(marker)
+    assert plan_file.find(marker) is None
+    path.unlink()
+    assert plan_file.find(marker) is None
+
+
+def test_items_changed_behind_the_marker_are_refused(tmp_path: Path) -> None:
+    import json
+
+    plan = plan_of(examples([(10, 0)] * 9))
+    marker = Path(plan_file.save(plan, str(tmp_path)))
+    content = json.loads(marker.read_text())
+    marker.write_text(json.dumps(content | {"digest": "0" * 64}))
+    with pytest.raises(DataError, match="the file says 0000"):
+        plan_file.load(str(marker))
+
+
+def test_windows_of_shards() -> None:
+    from vlmflow.training import mixture
+
+    made = examples([(10, 0)] * 120, shards=6)
+    order = mixture.one_pass(made, np.ones(120, bool), seed=0, epoch=0, window=2)
+    windows = [set(made.arrays["shard"][order[i : i + 40]].tolist()) for i in (0, 40, 80)]
     assert all(len(window) == 2 for window in windows), "two shards at a time are read"
-
-
-def test_dealing_by_cost_beats_dealing_by_count() -> None:
-    random = np.random.default_rng(0)
-    tokens = np.concatenate([random.integers(50, 64, 60), random.integers(5, 12, 60)]).tolist()
-    plan = make_plan(lengths(tokens, [0] * 120), Budget(64, 8), 8, 0, look_ahead=2)
-    naive = []
-    for step in range(plan.steps):
-        packs = [plan.cost(p) for p in plan.packs_of(step)]
-        loads = [sum(packs[:4]), sum(packs[4:])]
-        naive.append(max(loads) / (sum(loads) / 2))
-    assert plan.imbalance(2) <= float(np.mean(naive))
-
-
-def test_look_ahead_fills_packs() -> None:
-    tokens = np.random.default_rng(3).integers(20, 60, 600).tolist()
-    greedy = make_plan(lengths(tokens, [0] * 600), Budget(128, 8), 1, 0, look_ahead=1).report["fill_tokens"]
-    ahead = make_plan(lengths(tokens, [0] * 600), Budget(128, 8), 1, 0).report["fill_tokens"]
-    assert ahead > greedy
-    assert ahead > 0.9
-
-
-def test_drop_names_length_and_budget() -> None:
-    plan = make_plan(lengths([10, 100, 10], [1, 1, 9]), Budget(64, 8), 1, 0)
-    assert dict(plan.dropped) == {1: "100 tokens, budget 64", 2: "9 tiles, budget 8"}
-    assert plan.report["dropped"] == 2

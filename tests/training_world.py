@@ -10,11 +10,15 @@ import numpy as np
 from PIL import Image
 
 from vlmflow import recipe as recipes
-from vlmflow.dataset.manifest import Manifest
+from vlmflow.dataset.manifest import Manifest, ShardRef
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import describe_shard, write_shard
 from vlmflow.models.store import ModelLineage, ModelRef, publish
+from vlmflow.recipe.mixture import DataUse
 from vlmflow.step import Context
+from vlmflow.training.flops import CostModel
+from vlmflow.training.plan import Plan, make_plan
+from vlmflow.training.pool import Examples, ShardUse, Visual
 
 STAGE: dict[str, Any] = {
     "prompt": "chat",
@@ -132,3 +136,48 @@ def dataset(root: Path, samples: list[Sample], shard_size: int = 12, name: str =
         write_shard(path, part)
         shards.append(describe_shard(path, f"file://{path}", len(part), part[0].meta["source"]))
     return Manifest(name=name, shards=shards)
+
+
+TILE_TOKENS = 10
+
+
+def examples(
+    drawn: list[tuple[int, int]], shards: int = 3, texts: str = "alt", uses: list[DataUse] | None = None
+) -> Examples:
+    """Examples for plans without data: (text tokens, images of two tiles) each, in shards of equal size and two sources."""
+    n = len(drawn)
+    uses = uses or [DataUse(dataset="seed", text=texts)]  # type: ignore[arg-type]
+    images = np.array([i for _, i in drawn], dtype=np.int64)
+    end = np.array([t for t, _ in drawn], dtype=np.int64)
+    arrays = {
+        "use": np.arange(n) % len(uses),
+        "shard": np.arange(n, dtype=np.int64) * shards // max(1, n),
+        "row": np.arange(n),
+        "unit_start": np.arange(n + 1),
+        "begin": np.zeros(n, dtype=np.int64),
+        "end": end,
+        "targets": np.maximum(1, end // 3),
+        "images": images,
+        "image_start": np.concatenate([[0], np.cumsum(images)]),
+        "size": np.zeros(int(images.sum()), dtype=np.int64),
+        "sizes": np.array([[28, 28]]),
+    }
+    entries = [
+        ShardUse(
+            use=0,
+            dataset="seed",
+            shard=ShardRef(uri=f"file:///{i}", sha256=f"{i:064d}", bytes=1, samples=n, source="ab"[i % 2]),
+        )
+        for i in range(shards)
+    ]
+    report = {"examples": n, "seen": n, "filtered": 0, "failed": 0, "reasons": []}
+    return Examples(uses, entries, arrays, report)
+
+
+VISUAL = Visual(TILE_TOKENS, 2, lambda width, height, most: most)
+COST = CostModel(per_token=1.0, per_tile=5.0)
+
+
+def plan_of(made: Examples, seed: int = 0, **stage: Any) -> Plan:
+    """Plan of the tiny recipe's stage with some fields replaced."""
+    return make_plan(made, recipe(**stage).stages["sft"], seed, VISUAL, COST)

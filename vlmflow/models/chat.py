@@ -106,9 +106,7 @@ def render_prompt(prompt: str, images: int, key: str = "") -> list[Segment]:
     return [*turn, *_header("assistant")]
 
 
-def render_conversation(
-    turns: Sequence[dict[str, str]], images: int, key: str = "", before: int = 0
-) -> list[Segment]:
+def render_conversation(turns: Sequence[dict[str, str]], images: int, key: str = "", before: int = 0) -> list[Segment]:
     """A LLaVA-style conversation; every assistant turn and its end token are targets.
 
     A single `<image>` marker of a turn moves to the turn's front (points.md 2.1); several keep their places.

@@ -64,13 +64,13 @@ class Reading:
 
 def tokenizer_digest(files: list[FileRef]) -> str:
     """Identity of a model's tokenizer: its files, whatever the weights beside them."""
-    mine = [f for f in files if "tokenizer" in f.path or f.path.startswith(_TOKENIZER_FILES) or f.path.endswith(".model")]
+    mine = [
+        f for f in files if "tokenizer" in f.path or f.path.startswith(_TOKENIZER_FILES) or f.path.endswith(".model")
+    ]
     return digest(sorted([f.path, f.sha256] for f in mine))
 
 
-def measured(
-    ctx: Context, manifest: Manifest, use: DataUse, stage: StageSpec, seed: int, reading: Reading
-) -> Manifest:
+def measured(ctx: Context, manifest: Manifest, use: DataUse, stage: StageSpec, seed: int, reading: Reading) -> Manifest:
     """The dataset's chosen sources with their `length` layer for this ingredient; parts that exist are found again.
 
     Raises:
@@ -134,8 +134,8 @@ def measure(sample: Sample, row: Row | None, wording: Wording, reading: Reading)
             parts = [reading.expand(s, len(about)) for s in render(sample, row, wording, unit, unit)]
             lengths.append(sum(len(ids) for ids, _ in parts))
             targets.append(sum(int(target[1:].sum()) for _, target in parts))
-        end = np.cumsum(lengths)
-        found: Row = {"begin": (end - lengths).tolist(), "end": end.tolist(), "targets": np.cumsum(targets).tolist()}
+        ends = np.cumsum(lengths)
+        found: Row = {"begin": (ends - lengths).tolist(), "end": ends.tolist(), "targets": np.cumsum(targets).tolist()}
     else:
         (segments,) = render(sample, row, wording)
         ids, target = reading.expand(segments, len(about))

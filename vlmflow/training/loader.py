@@ -164,7 +164,7 @@ class Loader:
         def read() -> _Opened:
             entry = self.plan.shards[shard]
             reader = ShardReader(entry.shard, self.scratch)
-            return _Opened(reader, reader.keys(), entry.text and read_part(entry.text, self.scratch))
+            return _Opened(reader, reader.keys(), None if entry.text is None else read_part(entry.text, self.scratch))
 
         with self._lock:
             if shard not in self._readers:

@@ -138,9 +138,7 @@ class Mixer:
         DataError: a share of samples is asked for that do not exist.
     """
 
-    def __init__(
-        self, examples: Examples, usable: NDArray[np.bool_], stage: StageSpec, seed: int, limit: int
-    ) -> None:
+    def __init__(self, examples: Examples, usable: NDArray[np.bool_], stage: StageSpec, seed: int, limit: int) -> None:
         self.share = stage.mixture.text_share
         self.total = max(1, round(expected(examples, usable) * stage.epochs))
         self.drawn = self.texts = 0
@@ -188,7 +186,11 @@ class Mixer:
         if self.share is None:
             return {}
         passes = [round(stream.taken / max(1, stream.first_pass), 3) for stream in self.streams]
-        return {"text_share": round(self.texts / max(1, self.drawn), 4), "text_passes": passes[0], "image_passes": passes[1]}
+        return {
+            "text_share": round(self.texts / max(1, self.drawn), 4),
+            "text_passes": passes[0],
+            "image_passes": passes[1],
+        }
 
 
 def expected(examples: Examples, usable: NDArray[np.bool_]) -> float:

@@ -10,7 +10,6 @@ sums. The position in training is therefore one integer, the step, and a resumed
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
@@ -37,7 +36,10 @@ SHARPNESS = 64  # where the mixture changes over the training, a sample moves by
 Ints = NDArray[np.int64]
 ITEM = np.dtype(
     [
-        *((name, "<i4") for name in ("use", "shard", "row", "first", "last", "max_tiles", "tokens", "tiles", "targets")),
+        *(
+            (name, "<i4")
+            for name in ("use", "shard", "row", "first", "last", "max_tiles", "tokens", "tiles", "targets")
+        ),
         ("squares", "<i8"),
     ]
 )

@@ -61,7 +61,13 @@ def load(marker: str, scratch: Path | None = None) -> Plan:
             for name in ARRAYS
         }
         shards = [ShardUse.model_validate(entry) for entry in content["shards"]]
-        plan = Plan(**arrays, shards=shards, cost=CostModel(*content["cost"]), report=content["report"], examples=content["examples"])
+        plan = Plan(
+            **arrays,
+            shards=shards,
+            cost=CostModel(*content["cost"]),
+            report=content["report"],
+            examples=content["examples"],
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{marker} is not a pack plan ({error!r}); delete it and run the stage again") from error
     if plan.items.dtype != ITEM or content.get("version") != VERSION or plan.digest() != content["digest"]:

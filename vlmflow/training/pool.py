@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from vlmflow.recipe.mixture import DataUse
 
 Ints = NDArray[np.int64]
+_TOKENS, _TILES = 3, 4  # columns of `Pieces`
 UNIT_COLUMNS = ("begin", "end", "targets", "images")
 
 
@@ -45,7 +46,6 @@ class Pieces(NamedTuple):
         first, last: units; -1, -1 = the whole example.
         squares: sum of the squared lengths of its segments.
         dropped: (example, reason) of what fits no pack.
-        losing: number of examples that lose something.
     """
 
     example: Ints
@@ -122,73 +122,78 @@ class Examples:
         cumulative = np.concatenate([[0], np.cumsum(counts[a["size"]], dtype=np.int64)])
         parts = np.array([KINDS[use.text].parts for use in self.uses], dtype=np.int64)[a["use"]]
         joined = np.array([KINDS[use.text].joined for use in self.uses], dtype=bool)[a["use"]]
-        units = np.diff(a["unit_start"])
-        of_unit = np.repeat(np.arange(len(self), dtype=np.int64), units)
+        of_unit = np.repeat(np.arange(len(self), dtype=np.int64), np.diff(a["unit_start"]))
         # tiles of all images shown up to the end of a unit, in one part
         shown = cumulative[a["image_start"][of_unit] + a["images"]] - cumulative[a["image_start"][of_unit]]
-        first_unit, last_unit = a["unit_start"][:-1], a["unit_start"][1:] - 1
+        base = a["unit_start"][:-1]
 
-        def built(example: Ints, i: Ints, j: Ints) -> tuple[Ints, Ints, Ints, Ints]:
-            """tokens, tiles, targets, squares of units i to j (counted over all examples)."""
-            part = parts[example]
-            inside = shown[j] * part
-            length = a["end"][j] - a["begin"][i] + inside * visual.tokens_per_tile
-            earlier = np.where(i > first_unit[example], a["targets"][i - 1], 0)
-            return length, inside, a["targets"][j] - earlier, length * length // part
+        def table(example: Ints, first: Ints, last: Ints, whole: bool) -> Ints:
+            """Rows of the columns of `Pieces`, for units ``first`` to ``last`` of examples."""
+            part, i, j = parts[example], base[example] + first, base[example] + last
+            tiles = shown[j] * part
+            tokens = a["end"][j] - a["begin"][i] + tiles * visual.tokens_per_tile
+            targets = a["targets"][j] - np.where(first > 0, a["targets"][i - 1], 0)
+            none = np.full(len(example), -1)
+            stretch = (none, none) if whole else (first, last)
+            return np.stack([example, *stretch, tokens, tiles, targets, tokens * tokens // part], axis=1)
 
-        whole = np.flatnonzero(joined)
-        columns = [(whole, np.full(len(whole), -1), np.full(len(whole), -1), *built(whole, first_unit[whole], last_unit[whole]))]
-        alone = np.flatnonzero(~joined[of_unit])
-        inner = alone - first_unit[of_unit[alone]]
-        columns.append((of_unit[alone], inner, inner, *built(of_unit[alone], alone, alone)))
-        made = [np.concatenate(column).astype(np.int64) for column in zip(*columns, strict=True)]
-        fits = (made[3] <= tokens) & (made[4] <= tiles)
-        dropped: list[tuple[int, str]] = []
-        rest: list[tuple[int, ...]] = []
-        for n in np.flatnonzero(~fits).tolist():
-            e = int(made[0][n])
-            if not split or made[1][n] >= 0 or units[e] == 1:
-                dropped.append((e, _too_long(int(made[3][n]), int(made[4][n]), tokens, tiles)))
-                continue
-            base = int(first_unit[e])
-            for i, j, value in _split(base, int(units[e]), tokens, tiles, lambda i, j, e=e: _one(built, e, i, j)):
-                if value[0] <= tokens and value[1] <= tiles:
-                    rest.append((e, i - base, j - base, *value))
-                else:
-                    dropped.append((e, f"round {i - base + 1} of {units[e]}: {_too_long(*value[:2], tokens, tiles)}"))
-        extra = np.array(rest, dtype=np.int64).reshape(-1, 7)
-        table = [np.concatenate([column[fits], extra[:, c]]) for c, column in enumerate(made)]
-        order = np.lexsort((table[1], table[0]))
-        table = [column[order] for column in table]
-        start = np.searchsorted(table[0], np.arange(len(self) + 1))
-        return Pieces(*table, start=start, dropped=dropped)
+        one = np.flatnonzero(joined)
+        single = np.flatnonzero(~joined[of_unit])
+        units = np.diff(a["unit_start"])
+        inner = single - base[of_unit[single]]
+        made = np.concatenate(
+            [table(one, np.zeros_like(one), units[one] - 1, True), table(of_unit[single], inner, inner, False)]
+        )
+        fits = (made[:, _TOKENS] <= tokens) & (made[:, _TILES] <= tiles)
+        long = made[~fits, 0]
+        cut = long[joined[long] & (units[long] > 1)] if split else long[:0]
+        stretches = [
+            (int(e), *stretch)
+            for e in cut
+            for stretch in _stretches(
+                a["begin"][base[e] : base[e] + units[e]].tolist(),
+                a["end"][base[e] : base[e] + units[e]].tolist(),
+                shown[base[e] : base[e] + units[e]].tolist(),
+                visual.tokens_per_tile,
+                tokens,
+                tiles,
+            )
+        ]
+        which, first, last = np.array(stretches, dtype=np.int64).reshape(-1, 3).T
+        tried = table(which, first, last, whole=False)
+        short = (tried[:, _TOKENS] <= tokens) & (tried[:, _TILES] <= tiles)
+        lost = np.concatenate([made[~fits & ~np.isin(made[:, 0], cut)], tried[~short]])
+        dropped = [
+            (int(row[0]), _too_long(row.tolist(), tokens, tiles)) for row in lost[np.lexsort((lost[:, 1], lost[:, 0]))]
+        ]
+        made = np.concatenate([made[fits], tried[short]])
+        made = made[np.lexsort((made[:, 1], made[:, 0]))]
+        start = np.searchsorted(made[:, 0], np.arange(len(self) + 1))
+        return Pieces(*made.T.copy(), start=start, dropped=dropped)  # type: ignore[misc]
 
 
-def _one(built: Callable[..., Any], e: int, i: int, j: int) -> tuple[int, ...]:
-    one = np.ones(1, dtype=np.int64)
-    return tuple(int(column[0]) for column in built(one * e, one * i, one * j))
-
-
-def _split(
-    base: int, units: int, tokens: int, tiles: int, length: Callable[[int, int], tuple[int, ...]]
-) -> list[tuple[int, int, tuple[int, ...]]]:
-    """(first, last, lengths) of the fewest stretches that fit; a unit that is too long by itself is a stretch."""
+def _stretches(
+    begin: list[int], end: list[int], shown: list[int], tile_tokens: int, tokens: int, tiles: int
+) -> list[tuple[int, int]]:
+    """(first, last) of the fewest stretches of units that fit; a unit that is too long by itself is a stretch."""
     found = []
-    i = base
-    while i < base + units:
-        j, value = i, length(i, i)
-        while j + 1 < base + units:
-            longer = length(i, j + 1)
-            if longer[0] > tokens or longer[1] > tiles:
+    first = 0
+    while first < len(end):
+        last = first
+        while last + 1 < len(end) and shown[last + 1] <= tiles:
+            if end[last + 1] - begin[first] + shown[last + 1] * tile_tokens > tokens:
                 break
-            j, value = j + 1, longer
-        found.append((i, j, value))
-        i = j + 1
+            last += 1
+        found.append((first, last))
+        first = last + 1
     return found
 
 
-def _too_long(found: int, found_tiles: int, tokens: int, tiles: int) -> str:
-    return f"{found} tokens, budget {tokens}" if found > tokens else f"{found_tiles} tiles, budget {tiles}"
+def _too_long(row: list[int], tokens: int, tiles: int) -> str:
+    where = f"round {row[1] + 1}: " if row[1] >= 0 else ""
+    if row[_TOKENS] > tokens:
+        return f"{where}{row[_TOKENS]} tokens, budget {tokens}"
+    return f"{where}{row[_TILES]} tiles, budget {tiles}"
 
 
 def gather(uses: Sequence[tuple[DataUse, Manifest]], scratch: Path) -> Examples:
@@ -196,7 +201,9 @@ def gather(uses: Sequence[tuple[DataUse, Manifest]], scratch: Path) -> Examples:
     import pyarrow.compute as pc
 
     shards: list[ShardUse] = []
-    columns: dict[str, list[Any]] = {name: [] for name in ("use", "shard", "row", "units", "n", "w", "h", *UNIT_COLUMNS)}
+    columns: dict[str, list[Any]] = {
+        name: [] for name in ("use", "shard", "row", "units", "n", "w", "h", *UNIT_COLUMNS)
+    }
     reasons: Counter[str] = Counter()
     first: dict[str, str] = {}
     counts: Counter[str] = Counter()
@@ -225,10 +232,10 @@ def gather(uses: Sequence[tuple[DataUse, Manifest]], scratch: Path) -> Examples:
                 columns[name].append(pc.list_flatten(table[source]).to_numpy())
             shards.append(ShardUse(use=number, dataset=manifest.name, shard=shard, text=text))
     flat = {k: np.concatenate(v).astype(np.int64) if v else np.zeros(0, np.int64) for k, v in columns.items()}
-    sizes, size = np.unique(flat.pop("w") << 32 | flat.pop("h"), return_inverse=True)
-    arrays = flat | {
-        "unit_start": np.concatenate([[0], np.cumsum(flat.pop("units"))]),
-        "image_start": np.concatenate([[0], np.cumsum(flat.pop("n"))]),
+    sizes, size = np.unique(flat["w"] << 32 | flat["h"], return_inverse=True)
+    arrays = {name: flat[name] for name in ("use", "shard", "row", *UNIT_COLUMNS)} | {
+        "unit_start": np.concatenate([[0], np.cumsum(flat["units"])]),
+        "image_start": np.concatenate([[0], np.cumsum(flat["n"])]),
         "size": size,
         "sizes": np.stack([sizes >> 32, sizes & 0xFFFFFFFF], axis=1),
     }
