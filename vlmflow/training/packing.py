@@ -16,7 +16,7 @@ Ints = NDArray[np.int64]
 
 BUFFER = 1024  # samples that wait for a bin: large enough that something nearly always fills the rest of one
 SORT_BINS = 256  # bins (at least) among which those of similar cost make a step
-SORT_STEPS = 8  # and steps (at least)
+SORT_STEPS = 16  # and steps (at least)
 _SEQUENCE = 32  # bits of a key below its tokens
 
 
