@@ -78,7 +78,7 @@ def _capped(
 
 def text_share(spec: TextShareSpec, progress: NDArray[np.float64]) -> NDArray[np.float64]:
     """Target share of text-only samples at points of the training (0 to 1): linear from start to end, then constant."""
-    along = np.minimum(1.0, progress / spec.warmup) if spec.warmup else np.ones_like(progress)
+    along = np.minimum(progress, spec.warmup) / spec.warmup if spec.warmup else np.ones_like(progress)
     return spec.start + (spec.end - spec.start) * along
 
 

@@ -205,15 +205,14 @@ def make_plan(examples: Examples, stage: StageSpec, seed: int, visual: Visual, c
 
 def _pack(
     examples: Examples, stage: StageSpec, mixer: Mixer, pieces: dict[int, Pieces]
-) -> tuple[NDArray[Any], list[list[tuple[int, list[int]]]]]:
-    """(items drawn [n], for each stream of bins: (place among all bins, item numbers))."""
+) -> tuple[NDArray[Any], list[list[list[int]]]]:
+    """(items drawn [n], bins of item numbers for each stream, in the order of their oldest items)."""
     budget, grouped = stage.budget, stage.mixture.group == "modality"
     wanted = None if stage.max_steps is None else stage.max_steps * stage.packs
     longest = np.concatenate([found.tokens for found in pieces.values()])
     shown = mixer.total if wanted is None else min(mixer.total, int(wanted * budget.tokens / longest.mean()) + 1)
     buffer = min(packing.BUFFER, max(1, shown // SHARPNESS)) if _ordered(stage) else packing.BUFFER
     packers = [Packer(budget.tokens, budget.tiles, buffer) for _ in range(1 + grouped)]
-    streams: list[list[tuple[int, list[int]]]] = [[] for _ in packers]
     blocks: list[NDArray[Any]] = []
     block = int(np.clip(shown // POINTS, 1, BLOCK))
     count = closed = tokens_drawn = tiles_drawn = 0
@@ -232,16 +231,15 @@ def _pack(
             count += len(made)
             tokens_drawn += int(made["tokens"].sum())
             tiles_drawn += int(made["tiles"].sum())
-        for packer, stream in zip(packers, streams, strict=True):
-            if not len(drawn):
-                packer.flush()
-            stream += [(closed + number, taken) for number, taken in enumerate(packer.bins)]
-            closed += len(packer.bins)
-            packer.bins.clear()
         if not len(drawn):
             break
-    if wanted is not None:
-        streams = [[entry for entry in stream if entry[0] < wanted] for stream in streams]
+        closed = sum(packer.closed for packer in packers)
+    for packer in packers:  # also where the steps end first: what waits longest still comes in its turn
+        packer.flush()
+    bins = sorted((taken[0], number, taken) for number, packer in enumerate(packers) for taken in packer.bins)
+    streams: list[list[list[int]]] = [[] for _ in packers]
+    for _, number, taken in bins[:wanted]:
+        streams[number].append(taken)
     return np.concatenate(blocks) if blocks else np.zeros(0, ITEM), [stream for stream in streams if stream]
 
 
@@ -266,21 +264,21 @@ def _items(examples: Examples, pieces: Pieces, drawn: Ints, limit: int) -> NDArr
 
 
 def _order(
-    items: NDArray[Any], streams: list[list[tuple[int, list[int]]]], stage: StageSpec, seed: int, cost: CostModel
+    items: NDArray[Any], streams: list[list[list[int]]], stage: StageSpec, seed: int, cost: CostModel
 ) -> tuple[NDArray[Any], Ints, Ints]:
     """(items pack after pack, items of each pack, packs of each step)."""
     random = np.random.Generator(np.random.PCG64([seed, 3]))
     steps: list[tuple[float, int, list[list[int]]]] = []
-    for number, stream in enumerate(streams):
-        bins = [taken for _, taken in stream]
+    for number, bins in enumerate(streams):
         sums = [_bin_sums(items, bins, name) for name in ("tokens", "squares", "tiles", "targets")]
-        place = np.array([place for place, _ in stream], dtype=np.float64)
+        place = np.array([taken[0] for taken in bins], dtype=np.float64)
         done = 0
         window = max(1, len(bins) // (SHARPNESS * stage.packs)) if _ordered(stage) else None
         for step in packing.group(np.asarray(cost.cost(*sums)), stage.packs, random, window):
             steps.append((float(place[done : done + len(step)].mean()), number, [bins[b] for b in step]))
             done += len(step)
     steps.sort(key=lambda step: step[:2])
+    steps = steps[: stage.max_steps]  # two streams may end in two unfinished steps
     packs = [pack for _, _, step in steps for pack in step]
     order = np.array([i for pack in packs for i in pack], dtype=np.int64)
     sizes = np.array([len(pack) for pack in packs], dtype=np.int64)
