@@ -58,7 +58,7 @@ def test_every_sample_once_within_both_budgets(
     counts = Counter(rows(plan))
     assert set(counts.values()) <= {1}
     assert {n for n, (t, i) in enumerate(drawn) if all(fits(t, i, m) for m in limits)} <= set(counts)
-    assert {n for n, _ in plan.dropped} == {
+    assert {drop.example for drop in plan.dropped} == {
         n for n, (t, i) in enumerate(drawn) if not all(fits(t, i, m) for m in limits)
     }
     for pack in range(len(plan.pack_tokens)):
@@ -107,9 +107,9 @@ def test_a_mixture_that_shows_nothing_says_so() -> None:
 
 def test_too_long_is_dropped_with_both_numbers() -> None:
     plan = plan_of(examples([(10, 0), (100, 0), (10, 5)]), budget=BUDGET)
-    assert dict(plan.dropped) == {1: "100 tokens, budget 64", 2: "110 tokens, budget 64"}
+    assert {d.example: d.reason for d in plan.dropped} == {1: "100 tokens, budget 64", 2: "110 tokens, budget 64"}
     tight = plan_of(examples([(10, 0), (10, 3)]), budget={"tokens": 128, "tiles": 4})
-    assert dict(tight.dropped) == {1: "6 tiles, budget 4"}
+    assert {d.example: d.reason for d in tight.dropped} == {1: "6 tiles, budget 4"}
     assert (plan.report["dropped"], tight.report["dropped_share"]) == (2, 0.5)
 
 

@@ -26,7 +26,7 @@ from vlmflow.training.packing import Packer
 
 if TYPE_CHECKING:
     from vlmflow.recipe.stage import StageSpec
-    from vlmflow.training.pool import Examples, Pieces, ShardUse, Visual
+    from vlmflow.training.pool import Dropped, Examples, Pieces, ShardUse, Visual
 
 VERSION = 2
 BLOCK = 4096  # samples drawn at a time, at most
@@ -82,7 +82,7 @@ class Plan:
         cost: by which packs are dealt.
         report: fill, padding, drops: shares and counts for people.
         examples: counts of the samples, and why some cannot be used.
-        dropped: (example, reason) of what fits no pack; never cut, never silent. Not stored with the plan.
+        dropped: what fits no pack; never cut, never silent. Not stored with the plan.
     """
 
     items: NDArray[Any]
@@ -92,7 +92,7 @@ class Plan:
     cost: CostModel
     report: dict[str, Any]
     examples: dict[str, Any] = field(default_factory=dict)
-    dropped: list[tuple[int, str]] = field(default_factory=list)
+    dropped: list[Dropped] = field(default_factory=list)
 
     @cached_property
     def pack_tokens(self) -> Ints:
@@ -294,31 +294,53 @@ def _starts(sizes: Ints) -> Ints:
     return np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
 
 
-def _nothing(examples: Examples, stage: StageSpec, dropped: list[tuple[int, str]]) -> str:
+def _nothing(examples: Examples, stage: StageSpec, dropped: list[Dropped]) -> str:
     if not len(examples):
         return "no training sample is left after filtering; look at the counts of skipped samples and their reasons"
     return (
         f"none of {len(examples)} samples fits a pack of {stage.budget.tokens} tokens and {stage.budget.tiles} tiles (first: "
-        f"{dropped[0][1]}); samples are never cut inside an image, so raise budget.tokens / budget.tiles or lower "
+        f"{dropped[0].reason}); samples are never cut inside an image, so raise budget.tokens / budget.tiles or lower "
         "model.tiling.max_tiles"
     )
 
 
-def _report(plan: Plan, examples: Examples, stage: StageSpec, dropped: list[tuple[int, str]]) -> dict[str, Any]:
-    losing = {number for number, _ in dropped}
-    tokens = plan.pack_tokens
+def _report(plan: Plan, examples: Examples, stage: StageSpec, dropped: list[Dropped]) -> dict[str, Any]:
+    tokens, items = plan.pack_tokens, plan.items
+    losing = len({drop.example for drop in dropped})
+    kinds: dict[str, dict[int, str]] = {}
+    for drop in dropped:
+        kinds.setdefault(drop.kind, {}).setdefault(drop.example, drop.reason)
+    ingredients = []
+    for number, use in enumerate(examples.uses):
+        mine = items["use"] == number
+        ingredients.append(
+            {
+                "dataset": use.dataset,
+                "sources": use.sources or "all",
+                "text": use.text,
+                "samples": int((examples.arrays["use"] == number).sum()),
+                "shown": int(mine.sum()),
+                "tokens": int(items["tokens"][mine].sum()),
+                "share": round(float(items["tokens"][mine].sum() / tokens.sum()), 4),
+            }
+        )
     return {
         "samples": len(examples),
-        "shown": len(plan.items),
+        "shown": len(items),
         "packs": len(tokens),
         "steps": plan.steps,
         "tokens": int(tokens.sum()),
         "targets": int(plan.pack_targets.sum()),
         "tiles": int(plan.pack_tiles.sum()),
         "fill_tokens": round(float(tokens.mean() / stage.budget.tokens), 4),
-        "fill_tiles": round(float(plan.pack_tiles.mean() / max(1, stage.budget.tiles)), 4),
+        "fill_tiles": round(float(plan.pack_tiles.mean() / stage.budget.tiles), 4),
         "padding": 0.0,  # packs are laid end to end: no pad token exists
-        "split": int((plan.items["first"] >= 0).sum()),
-        "dropped": len(losing),
-        "dropped_share": round(len(losing) / max(1, len(examples)), 4),
+        "split": int((items["first"] >= 0).sum()),
+        "dropped": losing,
+        "dropped_share": round(losing / max(1, len(examples)), 4),
+        "dropped_reasons": [
+            {"reason": f"{kind} ({next(iter(found.values()))})", "count": len(found), "example": next(iter(found))}
+            for kind, found in kinds.items()
+        ],
+        "ingredients": ingredients,
     }

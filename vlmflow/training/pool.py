@@ -37,6 +37,20 @@ class ShardUse(BaseModel):
     text: LayerPart | None = None
 
 
+class Dropped(NamedTuple):
+    """Something that fits no pack.
+
+    Attributes:
+        example: whose it is.
+        reason: both numbers, e.g. ``5000 tokens, budget 4096``; for one round of a conversation, which.
+        kind: the reason without numbers, for counting.
+    """
+
+    example: int
+    reason: str
+    kind: str
+
+
 class Pieces(NamedTuple):
     """What may be packed, for one tile limit: whole examples, or stretches of units of those that are too long.
 
@@ -45,7 +59,7 @@ class Pieces(NamedTuple):
     Attributes:
         first, last: units; -1, -1 = the whole example.
         squares: sum of the squared lengths of its segments.
-        dropped: (example, reason) of what fits no pack.
+        dropped: what fits no pack.
     """
 
     example: Ints
@@ -56,7 +70,7 @@ class Pieces(NamedTuple):
     targets: Ints
     squares: Ints
     start: Ints
-    dropped: list[tuple[int, str]]
+    dropped: list[Dropped]
 
 
 @dataclass(frozen=True)
@@ -163,9 +177,8 @@ class Examples:
         tried = table(which, first, last, whole=False)
         short = (tried[:, _TOKENS] <= tokens) & (tried[:, _TILES] <= tiles)
         lost = np.concatenate([made[~fits & ~np.isin(made[:, 0], cut)], tried[~short]])
-        dropped = [
-            (int(row[0]), _too_long(row.tolist(), tokens, tiles)) for row in lost[np.lexsort((lost[:, 1], lost[:, 0]))]
-        ]
+        lost = lost[np.lexsort((lost[:, 1], lost[:, 0]))]
+        dropped = [_too_long(row, tokens, tiles) for row in lost.tolist()]
         made = np.concatenate([made[fits], tried[short]])
         made = made[np.lexsort((made[:, 1], made[:, 0]))]
         start = np.searchsorted(made[:, 0], np.arange(len(self) + 1))
@@ -189,11 +202,11 @@ def _stretches(
     return found
 
 
-def _too_long(row: list[int], tokens: int, tiles: int) -> str:
+def _too_long(row: list[int], tokens: int, tiles: int) -> Dropped:
     where = f"round {row[1] + 1}: " if row[1] >= 0 else ""
     if row[_TOKENS] > tokens:
-        return f"{where}{row[_TOKENS]} tokens, budget {tokens}"
-    return f"{where}{row[_TILES]} tiles, budget {tiles}"
+        return Dropped(row[0], f"{where}{row[_TOKENS]} tokens, budget {tokens}", "too many tokens for a pack")
+    return Dropped(row[0], f"{where}{row[_TILES]} tiles, budget {tiles}", "too many tiles for a pack")
 
 
 def gather(uses: Sequence[tuple[DataUse, Manifest]], scratch: Path) -> Examples:

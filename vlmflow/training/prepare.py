@@ -6,7 +6,7 @@ It runs once, in the process that launches the ranks, so none of them waits in a
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vlmflow import storage
 from vlmflow.training import plan_file, pool
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from vlmflow.recipe.stage import StageSpec
     from vlmflow.step import Context
 
-NAMED = 3  # dropped samples named in the report
 TILE_SHARE = 0.5  # cost of an image token in the vision towers, in tokens of the language model
 
 
@@ -73,19 +72,16 @@ def plan_of(ctx: Context, stage: StageSpec, examples: Examples, made: Reading) -
     """The plan of a stage, with what did not fit named in its report.
 
     Raises:
-        StepFailed: more samples than `failure_limit` are unusable or fit no pack.
-        DataError: nothing fits.
+        StepFailed: more samples than `failure_limit` are unusable.
+        DataError: there is nothing, or nothing fits.
     """
     report = examples.report
     pool.check_failures(report["failed"], report["seen"], stage.failure_limit, report["reasons"], report["filtered"])
     visual = visual_of(made)
     cost = CostModel(per_token=1.0, per_tile=TILE_SHARE * visual.tokens_per_tile)
     plan = make_plan(examples, stage, ctx.recipe.seed, visual, cost)
-    named: list[dict[str, Any]] = [
-        {"reason": reason, "count": 1, "example": examples.key(number, ctx.scratch)}
-        for number, reason in plan.dropped[:NAMED]
-    ]
-    plan.report["dropped_reasons"] = named
+    for reason in plan.report["dropped_reasons"]:
+        reason["example"] = examples.key(reason["example"], ctx.scratch)
     return plan
 
 
@@ -101,12 +97,12 @@ def prepare(
         made = reading(ctx, init)
         plan = plan_of(ctx, stage, examples_of(ctx, stage, uses, datasets, made), made)
         plan_file.save(plan, uri)
-    report, counts = plan.report, plan.examples
-    pool.check_failures(
-        counts["failed"] + report["dropped"],
-        counts["seen"],
-        stage.failure_limit,
-        [*report["dropped_reasons"], *counts["reasons"]],
-        counts["filtered"],
-    )
+    check(plan, stage)
     return plan
+
+
+def check(plan: Plan, stage: StageSpec) -> None:
+    """Raise StepFailed when more samples than `failure_limit` are unusable or fit no pack."""
+    report, counts = plan.report, plan.examples
+    reasons = [*report["dropped_reasons"], *counts["reasons"]]
+    pool.check_failures(counts["failed"] + report["dropped"], counts["seen"], stage.failure_limit, reasons)

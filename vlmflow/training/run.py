@@ -173,12 +173,15 @@ def _train(ctx: Context, job: Job, path: Path) -> dict[str, Any]:
 
 def _plan_text(event: dict[str, Any]) -> str:
     report, data = event["report"], event["examples"]
-    reasons = "".join(f"\n  {r['count']} x {r['reason']} (e.g. {r['example']})" for r in data["reasons"])
+    reasons = "".join(
+        f"\n  {r['count']} x {r['reason']} (e.g. {r['example']})"
+        for r in [*report["dropped_reasons"], *data["reasons"]]
+    )
     return (
         f"{report['steps']} steps of {report['packs']} packs: {report['tokens']} tokens ({report['targets']} targets), "
         f"{report['tiles']} tiles, fill {report['fill_tokens']:.1%} of tokens and {report['fill_tiles']:.1%} of tiles, imbalance "
         f"{report['imbalance']:.3f}; {data['examples']} examples, {data['filtered']} filtered out, {data['failed']} unusable, "
-        f"{report['dropped']} too long{reasons}"
+        f"{report['dropped']} with parts too long{reasons}"
     )
 
 
