@@ -140,7 +140,7 @@ def test_run_folder_names_do_not_collide(tmp_path):
 
 def test_the_users_store_is_used_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setenv("VLMFLOW_ROOT", "s3://mine")
-    with local._stack(tmp_path, None) as root:
+    with local.stack(tmp_path, None) as root:
         assert root == "s3://mine"
     assert not list(tmp_path.iterdir())
 

@@ -65,6 +65,19 @@ def test_packs_are_at_least_97_percent_full(budget: int) -> None:
     assert len(bins) < 0.9 * len(one_by_one)
 
 
+def test_lengths_do_not_decide_when_a_sample_comes() -> None:
+    """Were bins filled with the longest first, short samples would come last, or never when training ends early."""
+    tokens, tiles = realistic(6000)
+    bins = packed(tokens, tiles, (8192, 10**6))
+    place = np.empty(6000)
+    for number, b in enumerate(bins):
+        place[b] = number / len(bins)
+    short, long = (np.array(tokens) < np.median(tokens)), (np.array(tokens) >= np.median(tokens))
+    assert abs(place[short].mean() - place[long].mean()) < 0.02
+    early = place < 0.2
+    assert abs(early[short].mean() - early[long].mean()) < 0.04
+
+
 def test_the_second_budget_binds_alone() -> None:
     tokens, tiles = realistic(4000)
     bins = packed(tokens, tiles, (10**6, 64))

@@ -69,7 +69,7 @@ def run(
     recipe = preflight.resolve(str(recipe_path), list(overrides))
     package = compiler.compile_pipeline("points")
     state = Path(state_dir).absolute()
-    with _stack(state, console) as root, _only_run(state):
+    with stack(state, console) as root, _only_run(state):
         run_id = _run_id(state, digest(recipe))
         folder = state / "runs" / run_id
         folder.mkdir(parents=True)
@@ -203,7 +203,7 @@ def _explain(failure: dict[str, Any] | None, log: Path, code: int) -> VlmflowErr
 
 
 @contextlib.contextmanager
-def _stack(state: Path, console: Console | None) -> Iterator[str]:
+def stack(state: Path, console: Console | None) -> Iterator[str]:
     """Yield the store prefix: the user's, or that of the local stack, whose variables are set for the time of the run."""
     if root := os.environ.get("VLMFLOW_ROOT"):
         yield root

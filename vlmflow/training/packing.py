@@ -23,7 +23,8 @@ _SEQUENCE = 32  # bits of a key below its tokens
 class Packer:
     """Streams items into bins. Memory is bounded by the buffer; an item waits for at most as many bins as it holds.
 
-    A bin starts with the oldest waiting item and then takes the longest that still fits, until none does.
+    A bin takes the oldest items as long as they fit, which keeps the order of the data whatever the lengths, and then the
+    longest waiting items that fit what is left, until none does.
 
     Attributes:
         bins: finished bins, lists of item numbers; the caller may take them away.
@@ -36,7 +37,7 @@ class Packer:
         self.closed = 0
         self._arrived = 0
         self._oldest: deque[tuple[int, int]] = deque()  # (key, tiles) in order of arrival
-        self._used: set[int] = set()
+        self._gone: set[int] = set()  # taken before they were the oldest
         self._item: dict[int, int] = {}  # key -> item; in the buffer
         self._sorted: dict[int, list[int]] = {}  # tiles -> keys, ascending by tokens, the oldest last among equals
 
@@ -56,17 +57,20 @@ class Packer:
             self._close()
 
     def _close(self) -> None:
-        while True:
-            key, tiles = self._oldest.popleft()
-            if key not in self._used:
-                break
-            self._used.remove(key)
-        keys = self._sorted[tiles]
-        keys.pop(bisect_right(keys, key) - 1)
-        if not keys:
-            del self._sorted[tiles]
-        taken = [self._item.pop(key)]
-        room, room_tiles = self.tokens - (key >> _SEQUENCE), self.tiles - tiles
+        """Finish one bin: the oldest items while they fit, then the longest of the buffer that fill what is left."""
+        taken: list[int] = []
+        room, room_tiles = self.tokens, self.tiles
+        while self._oldest:
+            key, tiles = self._oldest[0]
+            if key not in self._gone:
+                if key >> _SEQUENCE > room or tiles > room_tiles:
+                    break
+                taken.append(self._take(key, tiles))
+                room -= key >> _SEQUENCE
+                room_tiles -= tiles
+            else:
+                self._gone.remove(key)
+            self._oldest.popleft()
         while room > 0:
             bound = (room + 1) << _SEQUENCE
             best, best_tiles = -1, 0
@@ -75,16 +79,19 @@ class Packer:
                     best, best_tiles = keys[place - 1], tiles
             if best < 0:
                 break
-            keys = self._sorted[best_tiles]
-            keys.pop(bisect_right(keys, best) - 1)
-            if not keys:
-                del self._sorted[best_tiles]
-            self._used.add(best)
-            taken.append(self._item.pop(best))
+            self._gone.add(best)
+            taken.append(self._take(best, best_tiles))
             room -= best >> _SEQUENCE
             room_tiles -= best_tiles
         self.bins.append(taken)
         self.closed += 1
+
+    def _take(self, key: int, tiles: int) -> int:
+        keys = self._sorted[tiles]
+        keys.pop(bisect_right(keys, key) - 1)
+        if not keys:
+            del self._sorted[tiles]
+        return self._item.pop(key)
 
 
 def group(
