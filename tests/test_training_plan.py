@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from training_world import TILE_TOKENS, examples, plan_of
+from training_world import TILE_TOKENS, examples, plan_of, talks
 
 from vlmflow import storage
 from vlmflow.errors import DataError
@@ -111,6 +111,62 @@ def test_too_long_is_dropped_with_both_numbers() -> None:
     tight = plan_of(examples([(10, 0), (10, 3)]), budget={"tokens": 128, "tiles": 4})
     assert {d.example: d.reason for d in tight.dropped} == {1: "6 tiles, budget 4"}
     assert (plan.report["dropped"], tight.report["dropped_share"]) == (2, 0.5)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(1, 80), st.sampled_from([0, 0, 0, 1])), min_size=1, max_size=7),
+        min_size=1,
+        max_size=12,
+    )
+)
+def test_a_long_conversation_is_cut_between_rounds_and_every_round_comes_once(drawn: list) -> None:
+    made, stage = talks(drawn), {"budget": BUDGET, "data": [{"dataset": "seed", "text": "conversations"}]}
+
+    def length(talk: list, first: int, last: int) -> tuple[int, int]:
+        tiles = 2 * sum(images for _, images in talk[: last + 1])  # earlier images are shown again
+        return sum(tokens for tokens, _ in talk[first : last + 1]) + TILE_TOKENS * tiles, tiles
+
+    def fits(talk: list, first: int, last: int) -> bool:
+        tokens, tiles = length(talk, first, last)
+        return tokens <= 64 and tiles <= 4
+
+    possible = [[fits(talk, i, i) for i in range(len(talk))] for talk in drawn]
+    if not any(map(any, possible)):
+        with pytest.raises(DataError, match="none of"):
+            plan_of(made, **stage)
+        return
+    plan = plan_of(made, **stage)
+    shown: dict[int, list[int]] = {row: [] for row in range(len(drawn))}
+    for pack in range(len(plan.pack_tokens)):
+        for item in plan.items_of(pack):
+            talk = drawn[item.row]
+            whole = item.first == item.last == -1
+            first, last = (0, len(talk) - 1) if whole else (item.first, item.last)
+            assert (item.tokens, item.tiles) == length(talk, first, last) and fits(talk, first, last)
+            assert item.targets == last - first + 1
+            assert whole == fits(talk, 0, len(talk) - 1), "only what is too long is cut"
+            shown[item.row] += range(first, last + 1)
+            assert last == len(talk) - 1 or not fits(talk, first, last + 1), "no more parts than are needed"
+    for row, rounds in shown.items():
+        assert sorted(rounds) == [i for i, possible_alone in enumerate(possible[row]) if possible_alone]
+    lost = [(row, i) for row, alone in enumerate(possible) for i, ok in enumerate(alone) if not ok]
+    assert {(d.example, len(drawn[d.example]) == 1) for d in plan.dropped} == {
+        (row, len(drawn[row]) == 1) for row, _ in lost
+    }
+    assert sum(d.reason.startswith("round ") for d in plan.dropped) == sum(len(drawn[row]) > 1 for row, _ in lost)
+    assert plan.report["dropped"] == len({row for row, _ in lost})
+
+
+def test_too_long_drop_keeps_conversations_whole() -> None:
+    made = talks([[(40, 0), (40, 0)], [(10, 0), (10, 0)]])
+    data = [{"dataset": "seed", "text": "conversations"}]
+    plan = plan_of(made, budget={**BUDGET, "too_long": "drop"}, data=data)
+    assert [(item.row, item.first) for item in plan.items_of(0)] == [(1, -1)]
+    assert [d.reason for d in plan.dropped] == ["80 tokens, budget 64"]
+    both = plan_of(made, budget=BUDGET, data=data)
+    assert both.report["split"] == 2 and not both.dropped
 
 
 def test_a_stored_plan_is_the_plan(tmp_path: Path) -> None:

@@ -174,6 +174,22 @@ def examples(
     return Examples(uses, entries, arrays, report)
 
 
+def talks(drawn: list[list[tuple[int, int]]]) -> Examples:
+    """Conversations: for each round its (text tokens, new images of two tiles); every round has one target token."""
+    made = examples([(1, sum(images for _, images in talk)) for talk in drawn], texts="conversations")
+    lengths = [np.cumsum([tokens for tokens, _ in talk]) for talk in drawn]
+    made.arrays |= {
+        "unit_start": np.concatenate([[0], np.cumsum([len(talk) for talk in drawn])]),
+        "begin": np.concatenate(
+            [end - [tokens for tokens, _ in talk] for end, talk in zip(lengths, drawn, strict=True)]
+        ),
+        "end": np.concatenate(lengths),
+        "targets": np.concatenate([np.arange(1, len(talk) + 1) for talk in drawn]),
+        "images": np.concatenate([np.cumsum([images for _, images in talk]) for talk in drawn]),
+    }
+    return made
+
+
 VISUAL = Visual(TILE_TOKENS, 2, lambda width, height, most: most)
 COST = CostModel(per_token=1.0, per_tile=5.0)
 
