@@ -200,7 +200,7 @@ def parameter_groups(
         rule = table.rule_of.get(name)
         parameter.requires_grad_(rule is not None)
         if rule is not None:
-            decays = parameter.ndim > 1 and not NO_DECAY.search(name.lower())
+            decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and not NO_DECAY.search(name.lower())
             groups.setdefault((rule, decays), []).append(parameter)
     made, labels = [], []
     for (rule, decays), parameters in sorted(groups.items()):

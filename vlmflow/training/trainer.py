@@ -165,6 +165,7 @@ class Trainer:
         import torch
         import torch.distributed as dist
 
+        from vlmflow.training import engine as ds
         from vlmflow.training.batch import to_torch
 
         torch.manual_seed((self.job.seed * 1_000_003 + step) * 4096 + self.rank)
@@ -172,7 +173,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         for micro in micros:
             outcome = self.objective.outcome(self.engine, to_torch(micro.batch, self.device), self.stage.objective)
-            self.engine.backward(outcome.loss_sum / weight, scale_wrt_gas=False)
+            ds.backward(self.engine, outcome.loss_sum / weight)
             for name, value in {"loss": outcome.loss_sum, **outcome.sums}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value.detach()
         told = torch.stack(
@@ -257,6 +258,9 @@ class Trainer:
 
     def _finish(self) -> None:
         """Rank 0 writes the model folder: weights and config of the trained model, the rest as it was."""
+        from vlmflow.training import engine as ds
+
+        state = ds.export_state(self.engine)
         if self.rank:
             return
         out = self.job.out
@@ -267,5 +271,5 @@ class Trainer:
                 target = out / path.relative_to(initial)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-        self.engine.module.save_pretrained(out)
+        self.engine.module.save_pretrained(out, state_dict=state)
         emit(event="done", step=self.plan.steps)
