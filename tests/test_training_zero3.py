@@ -1,0 +1,71 @@
+"""ZeRO 3: partitioned parameters train, resume and are published as whole ones; checkpoints move between all stages."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from training_jobs import Jobs, assert_equal, assert_same_bits, lend_checkpoint, norms, raw, rules, train
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("deepspeed")
+
+SAVING = {"checkpoint": {"every": 2, "keep": 9}}
+NEXT = {0: 3, 3: 1, 1: 2, 2: 0}  # a checkpoint written under one stage is continued under another
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Uninterrupted jobs, then jobs that begin with their checkpoint of step 2."""
+    world = Jobs(tmp_path_factory.mktemp("zero3"))
+
+    def make(name: str, processes: int = 2, **stage: Any) -> Any:
+        return world.make(name, processes=processes, **SAVING, **stage)
+
+    jobs = {f"whole-{zero}": make(f"whole-{zero}", zero=zero) for zero in range(4)}
+    jobs["whole-bf16"] = make("whole-bf16", zero=3, dtype="bf16")
+    jobs["frozen"] = make("frozen", zero=3, train=rules("language"))
+    train(jobs.values())
+
+    later = {f"resumed-{zero}": (make(f"resumed-{zero}", zero=zero), f"whole-{zero}") for zero in range(4)}
+    later["resumed-bf16"] = (make("resumed-bf16", zero=3, dtype="bf16"), "whole-bf16")
+    later |= {f"moved-{a}": (make(f"moved-{a}", zero=b), f"whole-{a}") for a, b in NEXT.items()}
+    alone = {name: (make(name, 1, zero=zero), "whole-3") for name, zero in (("alone-3", 3), ("alone-0", 0))}
+    for job, owner in (later | alone).values():
+        lend_checkpoint(jobs[owner], 2, job)
+    notes = train(job for job, _ in later.values())
+    assert sum("resumed at step 2 of 5" in note for note in notes) == len(later), notes
+    for job, _ in alone.values():
+        world.trainer(job).run()
+    jobs |= {name: job for name, (job, _) in (later | alone).items()}
+    jobs["one-frozen"] = make("one-frozen", 1, train=rules("language"))
+    world.trainer(jobs["one-frozen"]).run()
+    return jobs
+
+
+def test_it_trains_what_the_other_stages_train(trained: dict[str, Any]) -> None:
+    assert_equal(trained["whole-3"], trained["whole-0"])
+
+
+def test_frozen_parameters_are_partitioned_too(trained: dict[str, Any]) -> None:
+    assert_equal(trained["frozen"], trained["one-frozen"])
+
+
+def test_bf16_follows_fp32(trained: dict[str, Any]) -> None:
+    assert norms(trained["whole-bf16"]) == pytest.approx(norms(trained["whole-0"]), rel=0.02)
+    assert {tensor.dtype for tensor in raw(trained["whole-bf16"]).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2, 3, "bf16"])
+def test_resumed_has_the_bits_of_uninterrupted(trained: dict[str, Any], kind: Any) -> None:
+    assert_same_bits(trained[f"resumed-{kind}"], trained[f"whole-{kind}"])
+
+
+@pytest.mark.parametrize("zero", NEXT)
+def test_a_checkpoint_moves_to_another_stage(trained: dict[str, Any], zero: int) -> None:
+    assert_equal(trained[f"moved-{zero}"], trained["whole-0"])
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_checkpoint_moves_to_another_number_of_processes(trained: dict[str, Any], zero: int) -> None:
+    assert_equal(trained[f"alone-{zero}"], trained["whole-0"])
