@@ -47,7 +47,7 @@ def prepare(job: Job, device: Any) -> Setup:
     stage = job.stage
     family = models.family(job.family)
     model, tokenizer = ds.load_model(job.model_folder(), stage.zero, stage.dtype)
-    rules = [Rule(r.modules, r.lr, r.last, r.weight_decay) for r in stage.train]
+    rules = [Rule(r.modules, r.lr, r.last, r.weight_decay, r.layer_decay) for r in stage.train]
     sizes = {name: numel(p) for name, p in model.named_parameters()}
     table = make_table(sizes, rules, family.roles, family.unused, family.layers)
     groups, labels = parameter_groups(model, table, rules, stage.optimizer.weight_decay)

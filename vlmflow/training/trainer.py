@@ -93,7 +93,7 @@ class Trainer:
         """
         from vlmflow.training import engine as ds
         from vlmflow.training.loader import Loader
-        from vlmflow.training.optimizer import rate
+        from vlmflow.training.optimizer import named_rates, rate
         from vlmflow.training.record import step_record
 
         first, log = self._resume()
@@ -128,7 +128,7 @@ class Trainer:
                         step,
                         result.loss,
                         result.norm,
-                        dict(zip(self.group_labels, rates, strict=True)),
+                        named_rates(self.group_labels, rates),
                         result.images,
                         now - started,
                         loader.waited,
