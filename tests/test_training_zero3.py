@@ -10,7 +10,8 @@ from training_jobs import Jobs, assert_equal, assert_same_bits, lend_checkpoint,
 torch = pytest.importorskip("torch")
 pytest.importorskip("deepspeed")
 
-SAVING = {"checkpoint": {"every": 2, "keep": 9}}
+# An average of the weights is published, so what is compared has gone through all of the state.
+SETTINGS = {"checkpoint": {"every": 2, "keep": 9}, "max_steps": 4, "ema": 0.6}
 NEXT = {0: 3, 3: 1, 1: 2, 2: 0}  # a checkpoint written under one stage is continued under another
 
 
@@ -20,7 +21,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     world = Jobs(tmp_path_factory.mktemp("zero3"))
 
     def make(name: str, processes: int = 2, **stage: Any) -> Any:
-        return world.make(name, processes=processes, **SAVING, **stage)
+        return world.make(name, processes=processes, **SETTINGS, **stage)
 
     jobs = {f"whole-{zero}": make(f"whole-{zero}", zero=zero) for zero in range(4)}
     jobs["whole-bf16"] = make("whole-bf16", zero=3, dtype="bf16")
@@ -34,17 +35,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for job, owner in (later | alone).values():
         lend_checkpoint(jobs[owner], 2, job)
     notes = train(job for job, _ in later.values())
-    assert sum("resumed at step 2 of 5" in note for note in notes) == len(later), notes
+    assert sum("resumed at step 2 of 4" in note for note in notes) == len(later), notes
     for job, _ in alone.values():
         world.trainer(job).run()
     jobs |= {name: job for name, (job, _) in (later | alone).items()}
-    jobs["one-frozen"] = make("one-frozen", 1, train=rules("language"))
-    world.trainer(jobs["one-frozen"]).run()
+    for name, stage in {"one": {}, "one-frozen": {"train": rules("language")}}.items():
+        jobs[name] = make(name, 1, **stage)
+        world.trainer(jobs[name]).run()
     return jobs
 
 
-def test_it_trains_what_the_other_stages_train(trained: dict[str, Any]) -> None:
-    assert_equal(trained["whole-3"], trained["whole-0"])
+@pytest.mark.parametrize("zero", range(4))
+def test_two_processes_equal_one(trained: dict[str, Any], zero: int) -> None:
+    assert_equal(trained[f"whole-{zero}"], trained["one"])
 
 
 def test_frozen_parameters_are_partitioned_too(trained: dict[str, Any]) -> None:
@@ -52,7 +55,7 @@ def test_frozen_parameters_are_partitioned_too(trained: dict[str, Any]) -> None:
 
 
 def test_bf16_follows_fp32(trained: dict[str, Any]) -> None:
-    assert norms(trained["whole-bf16"]) == pytest.approx(norms(trained["whole-0"]), rel=0.02)
+    assert norms(trained["whole-bf16"]) == pytest.approx(norms(trained["one"]), rel=0.02)
     assert {tensor.dtype for tensor in raw(trained["whole-bf16"]).values()} == {torch.bfloat16}
 
 
@@ -63,9 +66,9 @@ def test_resumed_has_the_bits_of_uninterrupted(trained: dict[str, Any], kind: An
 
 @pytest.mark.parametrize("zero", NEXT)
 def test_a_checkpoint_moves_to_another_stage(trained: dict[str, Any], zero: int) -> None:
-    assert_equal(trained[f"moved-{zero}"], trained["whole-0"])
+    assert_equal(trained[f"moved-{zero}"], trained["one"])
 
 
 @pytest.mark.parametrize("zero", [0, 3])
 def test_a_checkpoint_moves_to_another_number_of_processes(trained: dict[str, Any], zero: int) -> None:
-    assert_equal(trained[f"alone-{zero}"], trained["whole-0"])
+    assert_equal(trained[f"alone-{zero}"], trained["one"])

@@ -18,6 +18,7 @@ State goes in and out by parameter name (``engine_state``), so a checkpoint does
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import warnings
@@ -25,7 +26,18 @@ from typing import Any
 
 import torch
 
-from vlmflow.training.engine_state import MOMENTS, base_optimizer, capture, export_state, numel, restore, trainable
+from vlmflow.training.ema import Ema
+from vlmflow.training.engine_state import (
+    MOMENTS,
+    WEIGHT,
+    base_optimizer,
+    capture,
+    export_state,
+    numel,
+    parts,
+    restore,
+    trainable,
+)
 
 __all__ = [
     "backward",
@@ -36,6 +48,7 @@ __all__ = [
     "make_engine",
     "restore",
     "set_rates",
+    "step",
     "trainable",
 ]
 
@@ -66,10 +79,24 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-class ClippedAdamW(torch.optim.AdamW):
+class HeldAdamW(torch.optim.AdamW):
+    """AdamW that can sit out a step.
+
+    Whatever wraps it reduces, measures and clears gradients as ever, under every ZeRO stage; while ``held`` is set the
+    weights, the moments and the count of steps stay as they were.
+    """
+
+    held = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.held else super().step(closure)
+
+
+class ClippedAdamW(HeldAdamW):
     """AdamW that clips by global norm first and remembers it, for the engine without ZeRO.
 
-    DeepSpeed clips there too but forgets the norm; ZeRO's own optimizers keep it, and skip a step that has none.
+    DeepSpeed clips there too but forgets the norm; ZeRO's own optimizer keeps it, and does not step by a gradient that
+    is not finite.
     """
 
     _global_grad_norm = 0.0
@@ -81,9 +108,8 @@ class ClippedAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         parameters = [p for g in self.param_groups for p in g["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
-        self._global_grad_norm = float(norm)
-        return super().step(closure) if norm.isfinite() else None
+        self._global_grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")))
+        return super().step(closure) if math.isfinite(self._global_grad_norm) else None
 
 
 def zero_stage(zero: int, dtype: str) -> int:
@@ -105,6 +131,7 @@ def _config(stage: int, dtype: str, clip: float, parameters: int) -> dict[str, A
         "managed_gradient_accumulation": False,
         "gradient_allreduce_op": "mean" if stage == 3 else "sum",
         "torch_adam": True,
+        "zero_allow_untested_optimizer": True,  # it compares types, and ours is a subclass of torch's AdamW
         "steps_per_print": None,
         "gradient_clipping": 0.0 if stage == 0 else clip,
         "zero_optimization": zero,
@@ -142,13 +169,21 @@ def load_model(folder: str, zero: int, dtype: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def make_engine(model: Any, groups: list[dict[str, Any]], optimizer: dict[str, Any], zero: int, dtype: str) -> Any:
+def make_engine(
+    model: Any,
+    groups: list[dict[str, Any]],
+    optimizer: dict[str, Any],
+    zero: int,
+    dtype: str,
+    ema: float | None = None,
+) -> Any:
     """Wrap a model whose ``requires_grad`` flags are set.
 
     Args:
         groups: AdamW parameter groups.
         optimizer: betas, eps, clip.
         zero: 0 to 3. Under 3 a model from ``load_model`` stays partitioned; a whole one becomes it here.
+        ema: decay of the moving average of the weights; None = none is kept.
     """
     deepspeed = import_deepspeed()
     stage = zero_stage(zero, dtype)
@@ -158,13 +193,17 @@ def make_engine(model: Any, groups: list[dict[str, Any]], optimizer: dict[str, A
     if stage == 0:
         client: Any = ClippedAdamW(groups, clip, fused=True, **options)
     else:
-        client = torch.optim.AdamW(groups, fused=True, **options)
+        client = HeldAdamW(groups, fused=True, **options)
     if stage != 3:
         _plain_linear()
     engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=config, dist_init_required=False)
     _allocate_moments(engine)
     if stage == 0 and torch.distributed.get_world_size() == 1:
         engine.enable_backward_allreduce = False  # it would flatten and copy every gradient for nobody
+    engine.ema = None
+    if ema is not None:
+        held = stage > 0 or torch.distributed.get_rank() == 0
+        engine.ema = Ema(ema, {n: p.values[WEIGHT] if held else torch.empty(0) for n, p in parts(engine).items()})
     return engine
 
 
@@ -232,3 +271,19 @@ def set_rates(engine: Any, multiplier: float) -> list[float]:
         group["lr"] = group["peak"] * multiplier
         rates.append(group["lr"])
     return rates
+
+
+def step(engine: Any, held: bool = False) -> float:
+    """End the step: reduce the gradients and let the optimizer move, unless ``held`` or the gradient is not finite.
+
+    Collective. Returns the global gradient norm before clipping, inf or nan when it is not finite; whatever it is, the
+    gradients are cleared.
+    """
+    base = base_optimizer(engine)
+    base.held = held
+    engine.step()
+    base.held = False
+    norm = float(engine.get_global_grad_norm() or 0.0)
+    if engine.ema is not None and not held and math.isfinite(norm):
+        engine.ema.update()
+    return norm

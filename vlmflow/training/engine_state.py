@@ -15,7 +15,7 @@ import torch
 
 from vlmflow.errors import CheckpointError
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT, MOMENTS, AVERAGE = "weight", ("exp_avg", "exp_avg_sq"), "average"
 TOGETHER = 1 << 25  # elements sent to rank 0 in one collective
 
 
@@ -42,7 +42,8 @@ class Part:
     Attributes:
         shape: of the whole parameter.
         start: first element of the part in the flattened parameter.
-        values: ``weight``, ``exp_avg``, ``exp_avg_sq`` -> fp32 [n] views into the optimizer's buffers; n may be 0.
+        values: ``weight``, ``exp_avg``, ``exp_avg_sq``, and ``average`` if one is kept -> fp32 [n] views into the
+            optimizer's buffers; n may be 0.
     """
 
     shape: torch.Size
@@ -53,7 +54,11 @@ class Part:
 def parts(engine: Any) -> dict[str, Part]:
     """Parts of all trainable parameters on this rank, in model order. Without ZeRO a part is the whole."""
     state = base_optimizer(engine).state
-    return {name: _part(parameter, state) for name, parameter in trainable(engine).items()}
+    found = {name: _part(parameter, state) for name, parameter in trainable(engine).items()}
+    if (ema := getattr(engine, "ema", None)) is not None:
+        for name, part in found.items():
+            part.values[AVERAGE] = ema.averages[name]
+    return found
 
 
 def _part(parameter: Any, state: Any) -> Part:
@@ -75,15 +80,15 @@ def _part(parameter: Any, state: Any) -> Part:
     return Part(parameter.shape, 0, {key: value.view(-1) for key, value in values.items()})
 
 
-def gather(pieces: Mapping[str, tuple[torch.Size, int, torch.Tensor]], whole: bool) -> dict[str, torch.Tensor]:
+def gather(pieces: Mapping[str, tuple[torch.Size, int, torch.Tensor]], everywhere: bool) -> dict[str, torch.Tensor]:
     """Whole fp32 tensors on rank 0's CPU, nothing elsewhere. Collective.
 
     Args:
         pieces: name -> (shape, start, this rank's elements [n], fp32); the same names in the same order on every rank.
-        whole: every rank has all elements.
+        everywhere: rank 0 has all elements already.
     """
     rank, made = torch.distributed.get_rank(), {}
-    if whole:
+    if everywhere:
         values = pieces.items() if rank == 0 else ()
         return {name: value.view(shape).to("cpu", copy=True) for name, (shape, _, value) in values}
     for batch in _batches({name: shape.numel() for name, (shape, _, _) in pieces.items()}):
@@ -126,24 +131,25 @@ def _batches(sizes: Mapping[str, int]) -> Iterator[list[str]]:
 
 
 def capture(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(fp32 weights, AdamW moments ``NAME.exp_avg``...) of all trainable parameters, whole, on the CPU.
+    """(fp32 weights, what belongs to them) of all trainable parameters, whole, on the CPU.
 
-    Collective: every rank calls it; rank 0 gets the result, which training does not touch afterwards, the others get
-    two empty dicts. Beyond the result it takes memory for TOGETHER elements, or for the largest parameter.
+    The second holds AdamW's moments ``NAME.exp_avg`` and ``NAME.exp_avg_sq`` and, if one is kept, the moving average
+    ``NAME.average``. Collective: every rank calls it; rank 0 gets the result, which training does not touch afterwards,
+    the others get two empty dicts. Beyond the result it takes memory for TOGETHER elements, or for the largest parameter.
     """
-    held = parts(engine)
-    whole = _replicated(engine)
+    kept = (*MOMENTS, AVERAGE) if engine.ema is not None else MOMENTS
+    moments = {f"{name}.{key}": value for key in kept for name, value in whole(engine, key).items()}
+    return whole(engine, WEIGHT), moments
 
-    def of(key: str) -> dict[str, torch.Tensor]:
-        return gather({name: (p.shape, p.start, p.values[key]) for name, p in held.items()}, whole)
 
-    weights = of(WEIGHT)
-    moments = {f"{name}.{m}": value for m in MOMENTS for name, value in of(m).items()}
-    return weights, moments
+def whole(engine: Any, key: str) -> dict[str, torch.Tensor]:
+    """One kind of values (``weight``, ``average``, ...) of all trainable parameters on rank 0's CPU, fp32. Collective."""
+    held = {name: (part.shape, part.start, part.values[key]) for name, part in parts(engine).items()}
+    return gather(held, _replicated(engine))
 
 
 def _replicated(engine: Any) -> bool:
-    """Whether every rank holds all state."""
+    """Whether rank 0 holds all state."""
     return torch.distributed.get_world_size() == 1 or engine.zero_optimization_stage() == 0
 
 
@@ -164,14 +170,17 @@ def restore(engine: Any, weights: Mapping[str, torch.Tensor], moments: Mapping[s
         )
     for state in base_optimizer(engine).state.values():
         state["step"].fill_(float(step))
+    if engine.ema is not None:
+        engine.ema.taken = step
     parameters = trainable(engine)
     with torch.no_grad():
         for name, part in held.items():
             value = weights[name]
             cut(name, part, WEIGHT, value)
             _set_model_copy(parameters[name], part, value)
-            for moment in MOMENTS:
-                cut(name, part, moment, moments[f"{name}.{moment}"])
+            for key in part.values:
+                if key != WEIGHT:
+                    cut(name, part, key, moments[f"{name}.{key}"])
 
 
 def cut(name: str, part: Part, key: str, value: torch.Tensor) -> None:
@@ -194,24 +203,23 @@ def _set_model_copy(parameter: Any, part: Part, value: torch.Tensor) -> None:
         parameter.data.copy_(value)
 
 
-def export_state(engine: Any, instead: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+def export_state(engine: Any) -> dict[str, torch.Tensor]:
     """All parameters and saved buffers of the trained model by name, on rank 0's CPU, in the stage's dtype; {} elsewhere.
 
-    Collective. A parameter with two names (tied embeddings) comes once, under the first.
-
-    Args:
-        instead: whole values for some trained parameters (an average), needed on rank 0 only.
+    Collective. If an average of the weights is kept, it stands in for them. A parameter with two names (tied embeddings)
+    comes once, under the first.
     """
     module = engine.module
     made: dict[str, torch.Tensor] = {}
     first = torch.distributed.get_rank() == 0
+    instead = {} if engine.ema is None else whole(engine, AVERAGE)
+    parameters = dict(module.named_parameters())
 
     def keep(names: list[str]) -> None:
         for name in names:
-            source = parameters[name] if instead is None else instead.get(name, parameters[name])
+            source = instead.pop(name, parameters[name])
             made[name] = source.detach().to(device="cpu", dtype=parameters[name].dtype, copy=True)
 
-    parameters = dict(module.named_parameters())
     if engine.zero_optimization_stage() == 3:
         from deepspeed.runtime.zero import GatheredParameters
 

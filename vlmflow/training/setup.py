@@ -52,6 +52,6 @@ def prepare(job: Job, device: Any) -> Setup:
     table = make_table(sizes, rules, family.roles, family.unused, family.layers)
     groups, labels = parameter_groups(model, table, rules, stage.optimizer.weight_decay)
     torch.manual_seed(job.seed)
-    engine = ds.make_engine(model.to(device), groups, stage.optimizer.model_dump(), stage.zero, stage.dtype)
+    engine = ds.make_engine(model.to(device), groups, stage.optimizer.model_dump(), stage.zero, stage.dtype, stage.ema)
     engine.train()
     return Setup(family, tokenizer, model.config, table, labels, engine)

@@ -190,8 +190,7 @@ class Trainer:
         loss, *metrics = [total / weight for total in totals]
         if not math.isfinite(loss):
             raise StepFailed(self._not_finite(step, f"the loss is {loss}", micros, mine))
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        norm = ds.step(self.engine)
         if not math.isfinite(norm):
             raise StepFailed(self._not_finite(step, f"the gradient norm is {norm}", micros, mine))
         return StepResult(loss, norm, int(images), stop > 0, dict(zip(list(sums)[1:], metrics, strict=True)))
@@ -272,4 +271,7 @@ class Trainer:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
         self.engine.module.save_pretrained(out, state_dict=state)
+        if (ema := self.engine.ema) is not None:
+            text = f"published is the moving average of the weights (decay {ema.decay:g}) over {ema.taken} steps"
+            emit(event="note", text=text)
         emit(event="done", step=self.plan.steps)
