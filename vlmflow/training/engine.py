@@ -22,6 +22,7 @@ import math
 import os
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -141,7 +142,7 @@ def _config(stage: int, dtype: str, clip: float, parameters: int) -> dict[str, A
     return config
 
 
-def load_model(folder: str, zero: int, dtype: str) -> tuple[Any, Any]:
+def load_model(folder: str | Path, zero: int, dtype: str) -> tuple[Any, Any]:
     """(model, tokenizer) of a model folder, on the CPU; under ZeRO 3 on the device and already partitioned. Collective.
 
     Under ZeRO 3 no rank ever holds the whole model: every module is partitioned when it is made, and rank 0 reads the
