@@ -5,19 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from training_jobs import Jobs, assert_equal, assert_same_bits, lend_checkpoint, norms, raw, rules, train
+from training_jobs import Jobs, assert_equal, assert_same_bits, norms, raw, rules, train
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("deepspeed")
 
 # An average of the weights is published, so what is compared has gone through all of the state.
-SETTINGS = {"checkpoint": {"every": 2, "keep": 9}, "max_steps": 4, "ema": 0.6}
+SETTINGS = {"checkpoint": {"every": 2, "keep": 1}, "max_steps": 4, "ema": 0.6}
 NEXT = {0: 3, 3: 1, 1: 2, 2: 0}  # a checkpoint written under one stage is continued under another
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Uninterrupted jobs, then jobs that begin with their checkpoint of step 2."""
+    """Uninterrupted jobs, then jobs that begin with their checkpoint of step 2; ``seen`` = parameters in the end."""
     world = Jobs(tmp_path_factory.mktemp("zero3"))
 
     def make(name: str, processes: int = 2, **stage: Any) -> Any:
@@ -26,23 +26,30 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     jobs = {f"whole-{zero}": make(f"whole-{zero}", zero=zero) for zero in range(4)}
     jobs["whole-bf16"] = make("whole-bf16", zero=3, dtype="bf16")
     jobs["frozen"] = make("frozen", zero=3, train=rules("language"))
-    train(jobs.values())
-
-    later = {f"resumed-{zero}": (make(f"resumed-{zero}", zero=zero), f"whole-{zero}") for zero in range(4)}
-    later["resumed-bf16"] = (make("resumed-bf16", zero=3, dtype="bf16"), "whole-bf16")
-    later |= {f"moved-{a}": (make(f"moved-{a}", zero=b), f"whole-{a}") for a, b in NEXT.items()}
-    alone = {name: (make(name, 1, zero=zero), "whole-3") for name, zero in (("alone-3", 3), ("alone-0", 0))}
-    for job, owner in (later | alone).values():
-        lend_checkpoint(jobs[owner], 2, job)
-    notes = train(job for job, _ in later.values())
-    assert sum("resumed at step 2 of 4" in note for note in notes) == len(later), notes
-    for job, _ in alone.values():
-        world.trainer(job).run()
-    jobs |= {name: job for name, (job, _) in (later | alone).items()}
+    for zero in range(4):
+        jobs[f"resumed-{zero}"] = make(f"resumed-{zero}", zero=zero, after=jobs[f"whole-{zero}"])
+    jobs["resumed-bf16"] = make("resumed-bf16", zero=3, dtype="bf16", after=jobs["whole-bf16"])
+    jobs |= {f"moved-{a}": make(f"moved-{a}", zero=b, after=jobs[f"whole-{a}"]) for a, b in NEXT.items()}
+    notes = train(jobs.values())
+    assert sum("resumed at step 2 of 4" in note for note in notes) == 5 + len(NEXT), notes
+    alone = {f"alone-{zero}": make(f"alone-{zero}", 1, zero=zero, after=jobs["whole-3"]) for zero in (3, 0)}
+    plain = torch.nn.functional.linear
+    for name, job in alone.items():
+        made = world.trainer(job)
+        made.run()
+        if name == "alone-3":
+            seen = [(p.numel(), p.ds_persist, p.requires_grad) for p in made.engine.module.parameters()]
+    assert torch.nn.functional.linear is plain, "what ZeRO 3 puts in its place is taken away by the next stage"
     for name, stage in {"one": {}, "one-frozen": {"train": rules("language")}}.items():
         jobs[name] = make(name, 1, **stage)
         world.trainer(jobs[name]).run()
-    return jobs
+    return jobs | alone | {"seen": seen}
+
+
+def test_every_parameter_is_partitioned(trained: dict[str, Any]) -> None:
+    """Between steps none is whole, small ones included, which DeepSpeed would keep."""
+    assert {(size, persistent) for size, persistent, _ in trained["seen"]} == {(0, False)}
+    assert {trains for _, _, trains in trained["seen"]} == {True}
 
 
 @pytest.mark.parametrize("zero", range(4))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 import pytest
 import training_world as world
 
-from vlmflow import storage
 from vlmflow.training import run as training
 from vlmflow.training.job import Job
 from vlmflow.training.launch import launch
@@ -33,11 +31,13 @@ class Jobs:
         self.init = world.initial(world.context(root, world.recipe()))
         self.data = world.dataset(root, [world.sample(i, images=int(i % 3 == 0)) for i in range(24)])
 
-    def make(self, name: str, **stage: Any) -> Job:
+    def make(self, name: str, after: Job | None = None, **stage: Any) -> Job:
+        """A job; one that comes ``after`` another begins with the other's newest checkpoint."""
         ctx = world.context(self.root / name, world.recipe(**{"train": rules(*ALL), **COMMON, **stage}))
         spec = training.stage_of(ctx.recipe, "sft")
         job = training._job(ctx, name, name, spec, list(spec.data), self.init, {"seed": self.data})
-        job = job.model_copy(update={"tracking": {}})
+        changed = {} if after is None else {"checkpoints": after.checkpoints}
+        job = job.model_copy(update={"tracking": {}, **changed})
         (Path(job.work) / "job.json").write_text(job.model_dump_json())
         return job
 
@@ -53,13 +53,6 @@ def train(jobs: Iterable[Job]) -> list[str]:
     events: list[dict[str, Any]] = []
     launch([Path(job.work) / "job.json" for job in jobs], 2, 1, events.append)
     return [e["text"] for e in events if e["event"] == "note"]
-
-
-def lend_checkpoint(owner: Job, step: int, to: Job) -> None:
-    """Let a job begin with another's checkpoint of a step."""
-    name = f"step-{step:08d}"
-    source, target = (storage.local_path(storage.join(job.checkpoints, name)) for job in (owner, to))
-    shutil.copytree(source, target)
 
 
 def raw(job: Job) -> dict[str, Any]:
