@@ -7,7 +7,7 @@ import math
 import pytest
 
 from vlmflow.errors import RecipeError
-from vlmflow.training.optimizer import Rule, make_table, parameter_groups, rate
+from vlmflow.training.optimizer import Rule, make_table, named_rates, parameter_groups, rate
 
 ROLES = {"vision": [r"vision\."], "vision.ocr": [r"vision_ocr\."], "projector": [r"proj\."], "language": [r"lm\."]}
 SIZES = {
@@ -48,6 +48,7 @@ def test_last_layers_skip_those_that_are_never_used() -> None:
         (Rule("re:nothing", 1.0), "matches none"),
         (Rule("vision", 1.0, last=9), "has 4 layers"),
         (Rule("projector", 1.0, last=1), "no numbered layers"),
+        (Rule("projector", 1.0, layer_decay=0.9), r"train\[0\].layer_decay is 0.9.*'projector' has no numbered layers"),
     ],
 )
 def test_refuses_what_cannot_be_meant(rule: Rule, message: str) -> None:
@@ -84,3 +85,57 @@ def test_schedule_is_a_pure_function_of_the_step() -> None:
     assert all(rate(s, 10, name, 0.03) > 0 for s in range(10) for name in ("cosine", "linear", "constant"))
     with pytest.raises(RecipeError, match="cosine"):
         rate(0, 10, "cosin", 0.0)
+
+
+def layered(*rules: Rule, unused: tuple[str, ...] = ()):
+    """A tower whose model order is embedding, four layers, final norm."""
+    sizes = {"vision.embed.w": 5, **{f"vision.layers.{i}.w": 10 for i in range(4)}, "vision.norm.w": 2, "proj.w": 7}
+    return make_table(sizes, rules, ROLES, unused, LAYERS)
+
+
+def test_layer_decay_counts_the_layers_above() -> None:
+    rates = layered(Rule("vision", 1.0, layer_decay=0.5), Rule("projector", 3.0)).rates
+    assert rates == {
+        "vision.embed.w": 0.5**4,
+        "vision.layers.0.w": 0.5**3,
+        "vision.layers.1.w": 0.5**2,
+        "vision.layers.2.w": 0.5,
+        "vision.layers.3.w": 1.0,
+        "vision.norm.w": 1.0,
+        "proj.w": 3.0,
+    }
+
+
+def test_layer_decay_counts_only_layers_that_are_used_but_also_frozen_ones() -> None:
+    made = layered(Rule("vision", 1.0, last=2, layer_decay=0.5), unused=(r"vision\.layers\.3\.",))
+    assert made.rates == {"vision.layers.1.w": 0.5, "vision.layers.2.w": 1.0}
+    made = layered(Rule("re:layers.[02]", 1.0, layer_decay=0.5))
+    assert made.rates == {"vision.layers.0.w": 0.125, "vision.layers.2.w": 0.5}
+
+
+def test_layer_decay_shows_a_range_in_the_table_and_in_the_log() -> None:
+    torch = pytest.importorskip("torch")
+    made = layered(Rule("vision", 0.2, layer_decay=0.5), Rule("projector", 3.0))
+    shown = {row.module: (row.lowest, row.lr) for row in made.rows}
+    assert shown == {"vision": (0.0125, 0.2), "projector": (None, 3.0)}
+    assert "0.0125..0.2" in made.as_text()
+
+    model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList(torch.nn.Linear(2, 2) for _ in range(3))})
+    rules = [Rule("tower", 1.0, layer_decay=0.5)]
+    table = make_table(
+        {n: p.numel() for n, p in model.named_parameters()},
+        rules,
+        {"tower": [r"layers"]},
+        (),
+        {"tower": r"layers\.(\d)"}.get,
+    )
+    groups, labels = parameter_groups(model, table, rules, weight_decay=0.1)
+    of = {id(p): group for group in groups for p in group["params"]}
+    assert [of[id(layer.weight)]["peak"] for layer in model["layers"]] == [0.25, 0.5, 1.0]
+    assert [of[id(layer.bias)]["weight_decay"] for layer in model["layers"]] == [0.0] * 3
+    assert named_rates(labels, [group["lr"] for group in groups]) == {
+        "tower": 1.0,
+        "tower (no decay)": 1.0,
+        "tower (lowest)": 0.25,
+        "tower (no decay) (lowest)": 0.25,
+    }

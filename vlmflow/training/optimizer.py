@@ -1,6 +1,6 @@
 """Which parameters a stage trains, at which rate, and how the rate moves.
 
-A stage is data: a list of ``{modules, last, lr, weight_decay}``. Here it meets a model's parameter names through the
+A stage is data: a list of ``{modules, last, lr, weight_decay, layer_decay}``. Here it meets a model's parameter names through the
 family's role table. The result is a table that is printed and stored before anything is trained, because most
 complaints about stage training are about parameters that were silently frozen or silently trained (spec: training.md
 B.2 item 5).
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.errors import RecipeError
+from vlmflow.training.layer_decay import layers_above
 
 if TYPE_CHECKING:
     import torch
@@ -30,11 +31,15 @@ class Rule:
     lr: float
     last: int | None = None
     weight_decay: float | None = None
+    layer_decay: float | None = None
 
 
 @dataclass
 class Row:
-    """One line of the table: parameters that share a role and a rule."""
+    """One line of the table: parameters that share a role and a rule.
+
+    ``lr`` is the highest peak rate among them; ``lowest`` the lowest, where layers have rates of their own.
+    """
 
     module: str
     parameters: int
@@ -42,6 +47,14 @@ class Row:
     trainable: bool
     lr: float | None
     note: str = ""
+    lowest: float | None = None
+
+    @property
+    def rate(self) -> str:
+        """Its rate, or the range of its layers' rates."""
+        if self.lr is None:
+            return "-"
+        return f"{self.lr:g}" if self.lowest is None else f"{self.lowest:.3g}..{self.lr:.3g}"
 
 
 @dataclass
@@ -51,10 +64,12 @@ class Table:
     Attributes:
         rows: what is printed.
         rule_of: parameter name -> index of the rule that trains it; names not in it are frozen.
+        rates: parameter name -> its peak rate.
     """
 
     rows: list[Row]
     rule_of: dict[str, int] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
@@ -75,7 +90,7 @@ class Table:
                 f"{r.parameters:,}",
                 str(r.tensors),
                 "train" if r.trainable else "frozen",
-                f"{r.lr:g}" if r.lr else "-",
+                r.rate,
                 r.note,
             )
             for r in self.rows
@@ -126,7 +141,8 @@ def make_table(
         raise RecipeError(
             "the stage trains nothing: its 'train' list is empty; name at least one module, e.g. projector"
         )
-    return Table(_rows(sizes, rules, role_of, rule_of, dead), rule_of)
+    rates = _rates(rules, role_of, rule_of, layers, dead)
+    return Table(_rows(sizes, rules, role_of, rule_of, dead, rates), rule_of, rates)
 
 
 def _role(name: str, roles: Mapping[str, Sequence[str]]) -> str:
@@ -168,12 +184,31 @@ def _last_layers(rule: Rule, last: int, index: int, names: list[str], layers: An
     return [n for n in names if number.get(n) in chosen]
 
 
+def _rates(
+    rules: Sequence[Rule], role_of: Mapping[str, str], rule_of: Mapping[str, int], layers: Any, dead: set[str]
+) -> dict[str, float]:
+    """Peak rate of every trained parameter."""
+    above = layers_above(role_of, layers, dead)
+    for index, rule in enumerate(rules):
+        if rule.layer_decay is not None and not any(n in above for n, r in rule_of.items() if r == index):
+            raise RecipeError(
+                f"train[{index}].layer_decay is {rule.layer_decay:g}, but '{rule.modules}' has no numbered layers, so there is "
+                "nothing to lower the rate by; remove layer_decay from this rule"
+            )
+    rates = {}
+    for name, index in rule_of.items():
+        decay = rules[index].layer_decay
+        rates[name] = rules[index].lr * (1.0 if decay is None else decay ** above.get(name, 0))
+    return rates
+
+
 def _rows(
     sizes: Mapping[str, int],
     rules: Sequence[Rule],
     role_of: Mapping[str, str],
     rule_of: Mapping[str, int],
     dead: set[str],
+    rates: Mapping[str, float],
 ) -> list[Row]:
     groups: dict[tuple[str, int | None, bool], list[str]] = {}
     for name in sizes:
@@ -183,8 +218,9 @@ def _rows(
         note = "never used by the forward pass" if unused else ""
         if rule is not None and rules[rule].last is not None:
             note = f"last {rules[rule].last} layers"
-        lr = None if rule is None else rules[rule].lr
-        rows.append(Row(role, sum(sizes[n] for n in names), len(names), rule is not None, lr, note))
+        peaks = sorted({rates[n] for n in names if n in rates})
+        highest, lowest = (peaks[-1] if peaks else None), (peaks[0] if len(peaks) > 1 else None)
+        rows.append(Row(role, sum(sizes[n] for n in names), len(names), rule is not None, highest, note, lowest))
     return rows
 
 
@@ -193,22 +229,32 @@ def parameter_groups(
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Set ``requires_grad`` by the table and return AdamW groups and one label a group.
 
-    A rule gives up to two groups: matrices with weight decay; norms, biases and other vectors without.
+    A rule gives up to two groups: matrices with weight decay; norms, biases and other vectors without. With layer-wise
+    decay it gives two a rate, and they share a label.
     """
-    groups: dict[tuple[int, bool], list[Any]] = {}
+    groups: dict[tuple[int, bool, float], list[Any]] = {}
     for name, parameter in model.named_parameters():
         rule = table.rule_of.get(name)
         parameter.requires_grad_(rule is not None)
         if rule is not None:
-            decays = parameter.ndim > 1 and not NO_DECAY.search(name.lower())
-            groups.setdefault((rule, decays), []).append(parameter)
+            decays = len(getattr(parameter, "ds_shape", parameter.shape)) > 1 and not NO_DECAY.search(name.lower())
+            groups.setdefault((rule, decays, table.rates[name]), []).append(parameter)
     made, labels = [], []
-    for (rule, decays), parameters in sorted(groups.items()):
+    for (rule, decays, peak), parameters in sorted(groups.items(), key=lambda group: group[0]):
         own = rules[rule].weight_decay
         decay = (weight_decay if own is None else own) if decays else 0.0
-        made.append({"params": parameters, "lr": rules[rule].lr, "peak": rules[rule].lr, "weight_decay": decay})
+        made.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay})
         labels.append(rules[rule].modules + ("" if decays else " (no decay)"))
     return made, labels
+
+
+def named_rates(labels: Sequence[str], rates: Sequence[float]) -> dict[str, float]:
+    """Rates of the groups for a log: label -> rate, or the highest and lowest where groups share a label."""
+    found: dict[str, list[float]] = {}
+    for label, value in zip(labels, rates, strict=True):
+        found.setdefault(label, []).append(value)
+    named = {label: max(values) for label, values in found.items()}
+    return named | {f"{label} (lowest)": min(values) for label, values in found.items() if len(values) > 1}
 
 
 def rate(step: int, steps: int, name: str, warmup: float, final: float = 0.0) -> float:

@@ -41,17 +41,17 @@ def prepare(job: Job, device: Any) -> Setup:
 
     from vlmflow import models
     from vlmflow.training import engine as ds
+    from vlmflow.training.engine_state import numel
     from vlmflow.training.optimizer import Rule, make_table, parameter_groups
 
     stage = job.stage
     family = models.family(job.family)
-    dtype = torch.bfloat16 if stage.dtype == "bf16" else torch.float32
-    model, tokenizer = models.load_model(job.model_folder(), dtype=dtype)
-    rules = [Rule(r.modules, r.lr, r.last, r.weight_decay) for r in stage.train]
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    model, tokenizer = ds.load_model(job.model_folder(), stage.zero, stage.dtype)
+    rules = [Rule(r.modules, r.lr, r.last, r.weight_decay, r.layer_decay) for r in stage.train]
+    sizes = {name: numel(p) for name, p in model.named_parameters()}
     table = make_table(sizes, rules, family.roles, family.unused, family.layers)
     groups, labels = parameter_groups(model, table, rules, stage.optimizer.weight_decay)
     torch.manual_seed(job.seed)
-    engine = ds.make_engine(model.to(device), groups, stage.optimizer.model_dump(), stage.zero, stage.dtype)
+    engine = ds.make_engine(model.to(device), groups, stage.optimizer.model_dump(), stage.zero, stage.dtype, stage.ema)
     engine.train()
     return Setup(family, tokenizer, model.config, table, labels, engine)

@@ -93,7 +93,7 @@ class Trainer:
         """
         from vlmflow.training import engine as ds
         from vlmflow.training.loader import Loader
-        from vlmflow.training.optimizer import rate
+        from vlmflow.training.optimizer import named_rates, rate
         from vlmflow.training.record import step_record
 
         first, log = self._resume()
@@ -128,7 +128,7 @@ class Trainer:
                         step,
                         result.loss,
                         result.norm,
-                        dict(zip(self.group_labels, rates, strict=True)),
+                        named_rates(self.group_labels, rates),
                         result.images,
                         now - started,
                         loader.waited,
@@ -165,6 +165,7 @@ class Trainer:
         import torch
         import torch.distributed as dist
 
+        from vlmflow.training import engine as ds
         from vlmflow.training.batch import to_torch
 
         torch.manual_seed((self.job.seed * 1_000_003 + step) * 4096 + self.rank)
@@ -172,7 +173,7 @@ class Trainer:
         sums: dict[str, torch.Tensor] = {}
         for micro in micros:
             outcome = self.objective.outcome(self.engine, to_torch(micro.batch, self.device), self.stage.objective)
-            self.engine.backward(outcome.loss_sum / weight, scale_wrt_gas=False)
+            ds.backward(self.engine, outcome.loss_sum / weight)
             for name, value in {"loss": outcome.loss_sum, **outcome.sums}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value.detach()
         told = torch.stack(
@@ -189,8 +190,7 @@ class Trainer:
         loss, *metrics = [total / weight for total in totals]
         if not math.isfinite(loss):
             raise StepFailed(self._not_finite(step, f"the loss is {loss}", micros, mine))
-        self.engine.step()
-        norm = float(self.engine.get_global_grad_norm() or 0.0)
+        norm = ds.step(self.engine)
         if not math.isfinite(norm):
             raise StepFailed(self._not_finite(step, f"the gradient norm is {norm}", micros, mine))
         return StepResult(loss, norm, int(images), stop > 0, dict(zip(list(sums)[1:], metrics, strict=True)))
@@ -257,6 +257,9 @@ class Trainer:
 
     def _finish(self) -> None:
         """Rank 0 writes the model folder: weights and config of the trained model, the rest as it was."""
+        from vlmflow.training import engine as ds
+
+        state = ds.export_state(self.engine)
         if self.rank:
             return
         out = self.job.out
@@ -267,5 +270,8 @@ class Trainer:
                 target = out / path.relative_to(initial)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-        self.engine.module.save_pretrained(out)
+        self.engine.module.save_pretrained(out, state_dict=state)
+        if (ema := self.engine.ema) is not None:
+            text = f"published is the moving average of the weights (decay {ema.decay:g}) over {ema.taken} steps"
+            emit(event="note", text=text)
         emit(event="done", step=self.plan.steps)

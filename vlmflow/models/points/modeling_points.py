@@ -68,21 +68,30 @@ def target_loss(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> 
     """Summed cross-entropy in nats of rows `hidden` [n, D] against `labels` [n], in fp32.
 
     Only target rows ever meet the head; above LOSS_ELEMENTS logits they do so in chunks whose logits are recomputed
-    in the backward pass, so the full [n, V] matrix never exists.
+    in the backward pass, so the full [n, V] matrix never exists. The head is called once, with the chunks inside: ZeRO 3
+    gathers a module's weights around each call and needs equally many calls on every rank, whatever their targets.
     """
+    logits = head.forward
 
     def piece(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(head(rows).float(), values, reduction="sum")
+        return nn.functional.cross_entropy(logits(rows).float(), values, reduction="sum")
 
-    vocabulary: Any = head.out_features
-    rows = max(1, LOSS_ELEMENTS // vocabulary)
-    if hidden.shape[0] <= rows:
-        return piece(hidden, labels)
-    parts = [
-        checkpoint(piece, hidden[i : i + rows], labels[i : i + rows], use_reentrant=False)
-        for i in range(0, hidden.shape[0], rows)
-    ]
-    return torch.stack(parts).sum()
+    def whole(hidden: torch.Tensor) -> torch.Tensor:
+        vocabulary: Any = head.out_features
+        rows = max(1, LOSS_ELEMENTS // vocabulary)
+        if hidden.shape[0] <= rows:
+            return piece(hidden, labels)
+        parts = [
+            checkpoint(piece, hidden[i : i + rows], labels[i : i + rows], use_reentrant=False)
+            for i in range(0, hidden.shape[0], rows)
+        ]
+        return torch.stack(parts).sum()
+
+    head.forward = whole  # type: ignore[method-assign]
+    try:
+        return head(hidden)
+    finally:
+        del head.forward
 
 
 class PointsPreTrainedModel(PreTrainedModel):
