@@ -32,6 +32,13 @@ def sft(model: Any, batch: Mapping[str, Any], spec: ObjectiveSpec) -> Outcome:
     return Outcome(packed_loss(model, batch)[0])
 
 
+def dpo(model: Any, batch: Mapping[str, Any], spec: ObjectiveSpec) -> Outcome:
+    """Direct preference optimisation, summed over pairs; see `vlmflow.training.dpo`."""
+    from vlmflow.training.dpo import pack_outcome
+
+    return Outcome(*pack_outcome(model, batch, spec))
+
+
 @dataclass(frozen=True)
 class Objective:
     """A loss.
@@ -45,4 +52,7 @@ class Objective:
     weight: Callable[[Plan, int], int]
 
 
-OBJECTIVES: dict[str, Objective] = {"sft": Objective(sft, lambda plan, step: plan.targets_of(step))}
+OBJECTIVES: dict[str, Objective] = {
+    "sft": Objective(sft, lambda plan, step: plan.targets_of(step)),
+    "dpo": Objective(dpo, lambda plan, step: sum(len(plan.samples_of(pack)) for pack in plan.packs_of(step))),
+}
