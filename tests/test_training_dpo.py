@@ -12,8 +12,8 @@ from models_tiny import FAMILY, build, pack, picture, tokenizer
 
 from vlmflow.models.loss import packed_logprobs
 from vlmflow.recipe.objective import ObjectiveSpec
-from vlmflow.training.dpo import pack_outcome
-from vlmflow.training.preference import pair_segments, render_pair
+from vlmflow.training.dpo import pack_outcome, pairs_first
+from vlmflow.training.preference import render_pair
 
 torch = pytest.importorskip("torch")
 
@@ -73,10 +73,9 @@ def plain_loss(model: Any, reference: Any, parts: list[dict[str, Any]], spec: Ob
 
 def batch_of(reference: Any, parts: list[dict[str, Any]]) -> dict[str, Any]:
     batch = pack(parts)
-    pairs = torch.from_numpy(pair_segments([2] * (len(parts) // 2)))
     with torch.no_grad():
-        known = packed_logprobs(reference, batch)[0][pairs.long()]
-    return {**batch, "pairs": pairs, "reference": known}
+        known = pairs_first(packed_logprobs(reference, batch)[0], len(parts) // 2)
+    return {**batch, "reference": known}
 
 
 def gradients(model: Any) -> dict[str, Any]:
@@ -151,8 +150,7 @@ def test_gradient_vanishes_for_a_pair_that_is_won() -> None:
 def test_a_pack_without_pairs_is_zero_and_reaches_every_parameter() -> None:
     model, spec = build(), ObjectiveSpec(kind="dpo", sft_weight=1.0)
     part = parts_of(model.config)[0]
-    batch = {**pack([{**part, "labels": np.full_like(part["labels"], -100)}])}
-    batch |= {"pairs": torch.zeros(0, 2, dtype=torch.int32), "reference": torch.zeros(0, 2)}
+    batch = pack([{**part, "labels": np.full_like(part["labels"], -100)}]) | {"reference": torch.zeros(0, 2)}
     loss, sums = pack_outcome(model, batch, spec)
     loss.backward()
     assert loss.item() == 0.0 and all(value.item() == 0.0 for value in sums.values())

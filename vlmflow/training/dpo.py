@@ -35,14 +35,20 @@ def pair_losses(
     return losses, rewards
 
 
+def pairs_first(values: torch.Tensor, pairs: int) -> torch.Tensor:
+    """Values of segments [S] as [pairs, 2]: (chosen, rejected)."""
+    return values[: 2 * pairs].view(pairs, 2)
+
+
 def pack_outcome(
     model: Any, batch: Mapping[str, Any], spec: ObjectiveSpec
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Loss and figures of a pack's pairs, summed.
 
     Args:
-        batch: the packed forward's arguments, and ``pairs`` int [P, 2] (segment numbers of chosen and rejected) and
-            ``reference`` fp32 [P, 2] (their log-probabilities under the initial model). P may be 0.
+        batch: the packed forward's arguments, and ``reference`` fp32 [P, 2]: log-probabilities of chosen and rejected under
+            the initial model. Pair i is segments 2i (chosen) and 2i + 1 (rejected); what follows the pairs (the dummy of a
+            pack without images) is none. P may be 0.
 
     Returns:
         The loss, which is that of `pair_losses` plus ``sft_weight`` times the chosen answer's mean nats a token (Pang
@@ -51,11 +57,11 @@ def pack_outcome(
     """
     from vlmflow.models.loss import packed_logprobs
 
-    arguments = {k: v for k, v in batch.items() if k not in ("pairs", "reference")}
-    pairs = batch["pairs"].long()
-    logprobs, counts = packed_logprobs(model, arguments)
-    losses, rewards = pair_losses(logprobs[pairs], batch["reference"], spec.beta, spec.label_smoothing)
-    nll = -logprobs[pairs[:, 0]] / counts[pairs[:, 0]]
+    reference = batch["reference"]
+    logprobs, counts = packed_logprobs(model, {k: v for k, v in batch.items() if k != "reference"})
+    policy = pairs_first(logprobs, len(reference))
+    losses, rewards = pair_losses(policy, reference, spec.beta, spec.label_smoothing)
+    nll = -policy[:, 0] / pairs_first(counts, len(reference))[:, 0]
     if spec.sft_weight:
         losses = losses + spec.sft_weight * nll
     chosen, rejected = rewards.detach().unbind(1)

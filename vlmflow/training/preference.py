@@ -1,18 +1,14 @@
 """Preference samples: a prompt with images and two answers to it, rendered as two sequences that share one pack.
 
 Each answer is a sequence of its own, prompt and tiles included, so the packed forward needs nothing new; the loss of a
-pair needs both log-probabilities, so a pair is never parted. Only the answer in question and its end token are targets:
+pair needs both log-probabilities, so a pair is one item of the plan: never parted, chosen right before rejected. Only the answer in question and its end token are targets:
 earlier turns of the assistant are part of the prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from vlmflow.errors import DataError
 
@@ -61,12 +57,3 @@ def render_pair(pair: dict[str, Any], images: int, key: str = "") -> tuple[list[
         segments = render_conversation([*turns, {"from": "gpt", "value": text}], images, key)
         made.append([replace(s, target=False) for s in segments[:-2]] + segments[-2:])  # the last two: answer, end
     return made[0], made[1]
-
-
-def pair_segments(parts: Sequence[int]) -> NDArray[np.int32]:
-    """Segment numbers [P, 2] of (chosen, rejected) in a pack whose items gave this many parts each.
-
-    Items of one part (other data, the dummy of an empty pack) are no pairs.
-    """
-    first = np.concatenate([[0], np.cumsum(parts)])[:-1][np.asarray(parts, dtype=np.int64) == 2]
-    return np.stack([first, first + 1], axis=1).astype(np.int32)
