@@ -69,7 +69,7 @@ def test_a_stage_learns_preferences_by_dpo_alone() -> None:
 
     with pytest.raises(RecipeError, match="dpo learns from text: preferences"):
         world.recipe(objective={"kind": "dpo"})
-    with pytest.raises(RecipeError, match="does not fit objective.kind 'sft'"):
+    with pytest.raises(RecipeError, match=r"does not fit objective\.kind 'sft'"):
         world.recipe(data=[{"dataset": "seed", "text": "preferences"}])
     made = world.recipe(objective={"kind": "dpo"}, data=[{"dataset": "seed", "text": "preferences"}])
     assert made.stages["sft"].objective.beta == 0.1
