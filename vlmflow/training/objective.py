@@ -46,13 +46,15 @@ class Objective:
     Attributes:
         outcome: (engine, batch of tensors, recipe's objective) -> sums of this micro-batch.
         weight: (plan, step) -> what the step's loss is divided by, over all ranks.
+        paired: items are pairs measured against the initial model; batches carry its ``reference`` values.
     """
 
     outcome: Callable[[Any, Mapping[str, Any], ObjectiveSpec], Outcome]
     weight: Callable[[Plan, int], int]
+    paired: bool = False
 
 
 OBJECTIVES: dict[str, Objective] = {
     "sft": Objective(sft, lambda plan, step: plan.targets_of(step)),
-    "dpo": Objective(dpo, lambda plan, step: sum(len(plan.samples_of(pack)) for pack in plan.packs_of(step))),
+    "dpo": Objective(dpo, lambda plan, step: plan.items_in(step), paired=True),
 }

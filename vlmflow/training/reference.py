@@ -11,16 +11,20 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from vlmflow import storage
+from vlmflow.digest import digest
 from vlmflow.errors import NotFound, StepFailed
+from vlmflow.models import store
+from vlmflow.training import length
 
 if TYPE_CHECKING:
+    from vlmflow.training.job import Job
     from vlmflow.training.loader import Loader, Micro
     from vlmflow.training.plan import Plan
 
@@ -43,6 +47,24 @@ class Reference:
         return self.values[:0] if pack is None else self.values[self.pack_start[pack] : self.pack_start[pack + 1]]
 
 
+def address(job: Job, plan: Plan) -> str:
+    """Where the reference of a job's plan lies: a prefix named by all that decides its values.
+
+    That is the initial model, the plan, how samples become tokens and the dtype; not the loss's parameters, nor what trains
+    and how fast, so that trainings which differ in these share it.
+    """
+    stage = job.stage
+    named = {
+        "versions": [VERSION, length.VERSION],
+        "model": store.behaviour_digest(store.load_ref(job.model).files),
+        "family": job.family,
+        "plan": plan.digest(),
+        "uses": [[use.text, use.prompt or stage.prompt] for use, _ in job.uses],
+        "dtype": stage.dtype,
+    }
+    return storage.join(job.references, digest(named)[:24])
+
+
 def prepare(
     uri: str,
     plan: Plan,
@@ -56,8 +78,8 @@ def prepare(
     """Read the reference of a plan, or compute what is missing of it. Collective: every rank must call it.
 
     Args:
-        uri: prefix that is named by all that decides the values.
-        loader: makes the loader of a plan for this rank.
+        uri: prefix of the parts (see `address`).
+        loader: makes this rank's loader of a plan.
         engine: with the initial weights; left in training mode.
         progress: told (packs done, packs) after each part.
 
@@ -70,94 +92,81 @@ def prepare(
     import torch
     import torch.distributed as dist
 
-    once, position = shown_once(plan)
-    values = np.zeros((int(once.pack_start[-1]), 2), dtype=np.float32)
-    parts = [
-        slice(*once.pack_start[[packs.start, packs.stop]].tolist()) for packs in map(once.packs_of, range(once.steps))
-    ]
+    once, place = shown_once(plan)
+    values = np.zeros((len(once.items), 2), dtype=np.float32)
     found = 0
-    while found < len(parts) and (known := _read(uri, found, parts[found])) is not None:
-        values[parts[found]] = known
+    while found < once.steps and (known := _read(uri, found, once)) is not None:
+        values[_rows(once, found)] = known
         found += 1
     if world > 1:  # a store may answer one rank later than another
         agreed = torch.tensor(found, device=device)
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
         found = int(agreed)
-    started = time.perf_counter()
-    if found < len(parts):
-        _compute(uri, once, parts, found, values, loader(once), engine, device, rank, world, progress)
-    packs = len(once.pack_start) - 1
-    said = f"reference: {len(values)} pairs in {packs} packs, {time.perf_counter() - started:.1f} s"
-    if found:
-        said += f", {once.packs_of(found - 1).stop} of the packs found at {uri}"
-    return Reference(values[position], plan.pack_start), said
+    started, packs = time.perf_counter(), len(once.pack_start) - 1
+    if found < once.steps:
+        batches = loader(once)
+        engine.eval()
+        try:
+            for part, micros in batches.steps(found):
+                values[_rows(once, part)] = _compute(part, once, micros, engine, device, rank, world)
+                if rank == 0:
+                    _write(uri, part, values[_rows(once, part)])
+                progress(once.packs_of(part).stop, packs)
+        finally:
+            batches.close()
+            engine.train()
+    done = once.packs_of(found - 1).stop if found else 0
+    return Reference(values[place], plan.pack_start), (
+        f"reference: {len(values)} pairs in {packs} packs, {done} of them found in the store, the others measured in "
+        f"{time.perf_counter() - started:.1f} s ({uri})"
+    )
 
 
 def shown_once(plan: Plan) -> tuple[Plan, Ints]:
-    """(plan of the packs that show a pair for the first time, one part a step; place of each of plan's pairs in it)."""
-    _, first, inverse = np.unique(plan.order, return_index=True, return_inverse=True)
+    """(the packs that show a pair for the first time, as a plan whose steps are the parts; place of plan's pairs in it)."""
+    same = np.stack([plan.items[name] for name in ("shard", "row", "first", "max_tiles")], axis=1)
+    _, first, pair = np.unique(same, axis=0, return_index=True, return_inverse=True)
     packs = np.unique(np.searchsorted(plan.pack_start, first, side="right") - 1)
-    kept = np.zeros(len(plan.order), dtype=np.int64)
-    once = plan.of_packs(packs, PART)
-    for new, old in enumerate(packs.tolist()):
-        kept[plan.pack_start[old] : plan.pack_start[old + 1]] = np.arange(*once.pack_start[new : new + 2])
-    return once, kept[first][inverse]
+    sizes = np.diff(plan.pack_start)[packs]
+    pack_start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+    kept = np.repeat(plan.pack_start[packs] - pack_start[:-1], sizes) + np.arange(pack_start[-1])
+    step_start = np.append(np.arange(0, len(packs), PART), len(packs)).astype(np.int64)
+    once = replace(plan, items=plan.items[kept], pack_start=pack_start, step_start=step_start, report={})
+    return once, np.searchsorted(kept, first)[pair.reshape(-1)]
 
 
-def _compute(
-    uri: str,
-    once: Plan,
-    parts: list[slice],
-    found: int,
-    values: Floats,
-    loader: Loader,
-    engine: Any,
-    device: Any,
-    rank: int,
-    world: int,
-    progress: Callable[[int, int], None],
-) -> None:
+def _compute(part: int, once: Plan, micros: list[Micro], engine: Any, device: Any, rank: int, world: int) -> Floats:
+    """Values of one part [pairs, 2], whole on every rank."""
     import torch
     import torch.distributed as dist
-
-    engine.eval()
-    try:
-        for part, micros in loader.steps(found):
-            own = np.zeros_like(values)[parts[part]]
-            for micro in micros:
-                known = _logprobs(engine, micro, device)
-                if micro.pack is not None:
-                    start = int(once.pack_start[micro.pack]) - parts[part].start
-                    own[start : start + len(known)] = known
-            told = torch.from_numpy(own).to(device)
-            if world > 1:
-                dist.all_reduce(told)  # all other ranks hold zeros here: the sum is exact
-            values[parts[part]] = told.cpu().numpy()
-            if not np.isfinite(values[parts[part]]).all():
-                keys = [key for micro in micros for key in micro.keys] if not np.isfinite(own).all() else []
-                raise StepFailed(
-                    f"part {part} of the reference: a log-probability under the initial model is not finite; no preference can be "
-                    f"measured against it. On rank {rank} its samples are {keys}. Look at the initial model and at these samples."
-                )
-            if rank == 0:
-                _write(uri, part, values[parts[part]])
-            progress(once.packs_of(part).stop, len(once.pack_start) - 1)
-    finally:
-        loader.close()
-        engine.train()
-
-
-def _logprobs(engine: Any, micro: Micro, device: Any) -> Floats:
-    """[P, 2] of one micro-batch. An empty pack runs too: under ZeRO-3 its rank must gather weights with the others."""
-    import torch
 
     from vlmflow.models.loss import packed_logprobs
     from vlmflow.training.batch import to_torch
     from vlmflow.training.dpo import pairs_first
 
-    with torch.no_grad():
-        found, _ = packed_logprobs(engine, to_torch(micro.batch, device))
-    return pairs_first(found, micro.items).float().cpu().numpy()
+    rows = _rows(once, part)
+    own = torch.zeros(rows.stop - rows.start, 2, device=device)
+    for pack, micro in zip(once.deal(part, world)[rank], micros, strict=True):
+        with torch.no_grad():  # an empty pack runs too: under ZeRO-3 its rank must gather weights with the others
+            found, _ = packed_logprobs(engine, to_torch(micro.batch, device))
+        if pack is not None:
+            a, b = (once.pack_start[pack : pack + 2] - rows.start).tolist()
+            own[a:b] = pairs_first(found, b - a)
+    whole = own.clone()
+    if world > 1:
+        dist.all_reduce(whole)  # exact: where one rank has a value, the others have zero
+    if not bool(whole.isfinite().all()):
+        keys = [] if bool(own.isfinite().all()) else [key for micro in micros for key in micro.keys]
+        raise StepFailed(
+            f"part {part} of the reference: a log-probability under the initial model is not finite, so no preference can be "
+            f"measured against it. Rank {rank} has it in one of {keys}. Look at the initial model and at these samples."
+        )
+    return whole.cpu().numpy()
+
+
+def _rows(once: Plan, part: int) -> slice:
+    packs = once.packs_of(part)
+    return slice(int(once.pack_start[packs.start]), int(once.pack_start[packs.stop]))
 
 
 def _part(uri: str, part: int) -> str:
@@ -170,10 +179,11 @@ def _write(uri: str, part: int, values: Floats) -> None:
     storage.write_bytes(_part(uri, part), out.getvalue())
 
 
-def _read(uri: str, part: int, rows: slice) -> Floats | None:
+def _read(uri: str, part: int, once: Plan) -> Floats | None:
     """A part of an earlier pass if it is there and whole."""
     try:
         values = np.load(io.BytesIO(storage.read_bytes(_part(uri, part))), allow_pickle=False)
     except (NotFound, ValueError, EOFError):
         return None
+    rows = _rows(once, part)
     return values if values.shape == (rows.stop - rows.start, 2) and values.dtype == np.float32 else None
