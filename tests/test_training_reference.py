@@ -205,7 +205,19 @@ def test_killed_rank_and_the_same_command_give_the_same_bits(place: Any) -> None
     assert same(train(job), place.weights)
 
 
-def test_killed_in_the_pass_it_goes_on_at_the_first_missing_part(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pair_is_measured_once_for_each_tile_limit(place: Any) -> None:
+    phases = {"tiles": [{"until": 0.5, "max_tiles": 1}]}
+    plan = trainer(make_job(place, "phases", epochs=4, mixture=phases)).plan
+    once, where = reference.shown_once(plan)
+    names = ["shard", "row", "first", "max_tiles", "tokens", "tiles"]
+    assert (once.items[where][names] == plan.items[names]).all()
+    assert set(plan.items["max_tiles"].tolist()) == {1, 2}
+    assert len(once.items) < len(plan.items) / 1.5
+
+
+def test_killed_in_the_pass_it_goes_on_at_the_first_missing_part(
+    place: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(reference, "PART", 1)
     whole = trainer(make_job(place, "parts", epochs=3))
     expected = measured(whole).values
@@ -235,7 +247,10 @@ def test_killed_in_the_pass_it_goes_on_at_the_first_missing_part(place: Any, mon
     asked[:] = [-1] * 10
     assert np.array_equal(measured(cut).values, expected) and asked[10:] == list(range(once.steps))
     asked[:] = [-1] * 10
+    capsys.readouterr()
     assert np.array_equal(measured(cut).values, expected) and asked[10:] == []
+    packs = len(once.pack_start) - 1
+    assert f"{len(once.items)} pairs in {packs} packs, {packs} of them found in the store" in capsys.readouterr().out
 
 
 def test_what_decides_the_reference_names_it(place: Any) -> None:

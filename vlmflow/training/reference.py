@@ -73,18 +73,15 @@ def prepare(
     device: Any,
     rank: int = 0,
     world: int = 1,
-    progress: Callable[[int, int], None] = lambda done, packs: None,
-) -> tuple[Reference, str]:
+    say: Callable[[str], None] = lambda text: None,
+) -> Reference:
     """Read the reference of a plan, or compute what is missing of it. Collective: every rank must call it.
 
     Args:
         uri: prefix of the parts (see `address`).
         loader: makes this rank's loader of a plan.
         engine: with the initial weights; left in training mode.
-        progress: told (packs done, packs) after each part.
-
-    Returns:
-        The values, and a line for people: pairs, packs, seconds, how much was found.
+        say: told lines for people: what was found, how far it is, how long it took.
 
     Raises:
         StepFailed: a log-probability is not finite (names the samples).
@@ -111,15 +108,17 @@ def prepare(
                 values[_rows(once, part)] = _compute(part, once, micros, engine, device, rank, world)
                 if rank == 0:
                     _write(uri, part, values[_rows(once, part)])
-                progress(once.packs_of(part).stop, packs)
+                if part + 1 < once.steps:
+                    say(f"reference: {once.packs_of(part).stop} of {packs} packs measured")
         finally:
             batches.close()
             engine.train()
     done = once.packs_of(found - 1).stop if found else 0
-    return Reference(values[place], plan.pack_start), (
-        f"reference: {len(values)} pairs in {packs} packs, {done} of them found in the store, the others measured in "
+    say(
+        f"reference: {len(values)} pairs in {packs} packs, {done} of them found in the store, {packs - done} measured in "
         f"{time.perf_counter() - started:.1f} s ({uri})"
     )
+    return Reference(values[place], plan.pack_start)
 
 
 def shown_once(plan: Plan) -> tuple[Plan, Ints]:

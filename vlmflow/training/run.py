@@ -155,16 +155,7 @@ def _train(ctx: Context, job: Job, path: Path) -> dict[str, Any]:
             if kind == "table":
                 table.update(event["table"])
                 print(event["text"], file=sys.stderr, flush=True)
-            elif kind == "reference":
-                if "reference" not in shown:
-                    shown["reference"] = stack.enter_context(
-                        ctx.progress(f"reference of {job.label}", event["packs"], "packs")
-                    )
-                    shown["measured"] = 0
-                shown["reference"].advance(event["done"] - shown["measured"])
-                shown["measured"] = event["done"]
             elif kind == "plan":
-                stack.close()  # the bar of the reference, if there was one
                 shown["progress"] = stack.enter_context(ctx.progress(f"train {job.label}", event["steps"], "steps"))
                 shown["progress"].advance(event["first"])
                 shown["done"] = event["first"]

@@ -179,16 +179,14 @@ class Trainer:
         if not self.objective.paired:
             return
 
-        def progress(done: int, packs: int) -> None:
+        def say(text: str) -> None:
             if self.rank == 0:
-                emit(event="reference", done=done, packs=packs)
+                emit(event="note", text=text)
 
         uri = reference.address(self.job, self.plan)
-        self.reference, said = reference.prepare(
-            uri, self.plan, self._loader, self.engine, self.device, self.rank, self.world, progress
+        self.reference = reference.prepare(
+            uri, self.plan, self._loader, self.engine, self.device, self.rank, self.world, say
         )
-        if self.rank == 0:
-            emit(event="note", text=said)
 
     def _batch(self, pack: int | None, micro: Micro) -> dict[str, Any]:
         """A micro-batch as tensors, with the reference values of its pairs."""
