@@ -73,3 +73,18 @@ def test_a_stage_learns_preferences_by_dpo_alone() -> None:
         world.recipe(data=[{"dataset": "seed", "text": "preferences"}])
     made = world.recipe(objective={"kind": "dpo"}, data=[{"dataset": "seed", "text": "preferences"}])
     assert made.stages["sft"].objective.beta == 0.1
+
+
+def test_the_stage_of_the_docs_is_a_stage() -> None:
+    import re
+    from pathlib import Path
+
+    import training_world as world
+    import yaml
+
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    (shown,) = [block for block in re.findall(r"```yaml\n(.*?)```", text, re.S) if "kind: dpo" in block]
+    (stage,) = yaml.safe_load(shown)["stages"].values()
+    stage["data"][0]["dataset"] = "seed"
+    made = world.recipe(**stage)
+    assert made.stages["sft"].objective.kind == "dpo" and made.stages["sft"].data[0].text == "preferences"

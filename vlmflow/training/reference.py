@@ -2,7 +2,7 @@
 
 With them no second model is in memory while training, and none runs. They are computed before the first step and before a
 checkpoint is put back, by the same packed forward in the same dtype, so they never come from weights that have moved, and
-the first step's margin is exactly zero. Stored in parts, each whole or absent: a pass that was killed goes on at the
+the first step's margin is zero. Stored in parts, each whole or absent: a pass that was killed goes on at the
 first missing part and ends with the same bytes.
 """
 
@@ -122,14 +122,13 @@ def prepare(
 
 
 def shown_once(plan: Plan) -> tuple[Plan, Ints]:
-    """(the packs that show a pair for the first time, as a plan whose steps are the parts; place of plan's pairs in it)."""
+    """(the plan's packs without the pairs that an earlier pack shows, parts as its steps; place of plan's pairs in it)."""
     same = np.stack([plan.items[name] for name in ("shard", "row", "first", "max_tiles")], axis=1)
     _, first, pair = np.unique(same, axis=0, return_index=True, return_inverse=True)
-    packs = np.unique(np.searchsorted(plan.pack_start, first, side="right") - 1)
-    sizes = np.diff(plan.pack_start)[packs]
+    kept = np.sort(first)
+    _, sizes = np.unique(np.searchsorted(plan.pack_start, kept, side="right"), return_counts=True)
     pack_start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-    kept = np.repeat(plan.pack_start[packs] - pack_start[:-1], sizes) + np.arange(pack_start[-1])
-    step_start = np.append(np.arange(0, len(packs), PART), len(packs)).astype(np.int64)
+    step_start = np.append(np.arange(0, len(sizes), PART), len(sizes)).astype(np.int64)
     once = replace(plan, items=plan.items[kept], pack_start=pack_start, step_start=step_start, report={})
     return once, np.searchsorted(kept, first)[pair.reshape(-1)]
 
