@@ -14,6 +14,8 @@ from vlmflow.curation import pull
 from vlmflow.curation.turns import preferences
 from vlmflow.dataset.shard import ShardReader
 from vlmflow.errors import DataError
+from vlmflow.models.initial import corpus
+from vlmflow.pages import preview
 from vlmflow.recipe.data import SourceSpec
 
 ONE = [{"conversations": [{"from": "human", "value": "<image>\nWhat?"}], "chosen": "a cat", "rejected": "a dog"}]
@@ -65,10 +67,13 @@ def test_one_column_of_pairs_and_three_columns_pull_alike(tmp_path: Path) -> Non
         rows[2]["prompt"] = ""
         three = {"table": table(tmp_path / "three.csv", rows), "preferences_column": {"prompt": "prompt"}}
         ctx = context(tmp_path / "three", {"web": three})
-        kept = list(ShardReader(pull.run(ctx, "web").shards[0]))
+        manifest = pull.run(ctx, "web")
+        kept = list(ShardReader(manifest.shards[0]))
         assert [s.meta["preferences"] for s in kept] == [ONE, ONE]
         assert kept[0].images == (picture(0),) and kept[0].meta["extra"] == {"n": "0"} and "text" not in kept[0].meta
         assert failures(ctx)[urls[2]][0] == "bad_preferences"
+        assert list(corpus(manifest)) == ["What?", "a cat"] * 2, "a tokenizer may be trained on them"
+        assert preview(ctx, manifest, None)[0]["of the table"].endswith("What? / + a cat / - a dog")
         cells = [{"url": u, "pairs": json.dumps(ONE)} for u in urls[:2]]
         one = {"table": table(tmp_path / "one.csv", cells), "preferences_column": "pairs"}
         again = list(ShardReader(pull.run(context(tmp_path / "one", {"web": one}), "web").shards[0]))
