@@ -62,8 +62,10 @@ def preview(ctx: Context, manifest: Manifest, layer: str | None) -> list[dict[st
     for key in reader.keys()[:PREVIEW_SAMPLES]:
         sample = reader.read(key)
         row: dict[str, Any] = {"key": key, "image": _thumbnail(sample.images[0]) if sample.images else ""}
-        talk = sample.meta.get("conversations") or []
-        row["of the table"] = sample.meta.get("text") or " / ".join(str(turn.get("value", "")) for turn in talk)
+        talk = [str(turn.get("value", "")) for turn in sample.meta.get("conversations") or []]
+        for pair in sample.meta.get("preferences") or []:
+            talk += [*(turn["value"] for turn in pair["conversations"]), f"+ {pair['chosen']}", f"- {pair['rejected']}"]
+        row["of the table"] = sample.meta.get("text") or " / ".join(talk)
         row |= {k: v for k, v in added.get(key, {}).items() if k != "key" and not (k == "error" and v is None)}
         rows.append(row)
     return rows

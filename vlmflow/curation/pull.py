@@ -109,12 +109,16 @@ def _limits(pull: Any, allow: frozenset[str]) -> Limits:
 
 
 def columns_of(source: Any) -> Columns:
-    """Which columns a source of the recipe names; beside conversations, a text column of the default name may be absent.
+    """Which columns a source of the recipe names; beside conversations or preferences, a text column of the default name
+    may be absent.
 
     By its name, not by whether it was written: a resolved recipe spells out every default.
     """
-    unnamed = source.conversations_column is not None and source.text_column == DEFAULT_TEXT
-    return Columns(source.url_column, source.text_column, source.conversations_column, source.id_column, unnamed)
+    talk, pairs = source.conversations_column, source.preferences_column
+    if pairs is not None and not isinstance(pairs, str):
+        pairs = (pairs.prompt, pairs.chosen, pairs.rejected)
+    unnamed = (talk or pairs) is not None and source.text_column == DEFAULT_TEXT
+    return Columns(source.url_column, source.text_column, talk, pairs, source.id_column, unnamed)
 
 
 def _plans(rows: Iterator[Row], source: str, size: int, params: dict[str, Any]) -> Iterator[Plan]:
@@ -126,7 +130,7 @@ def _plans(rows: Iterator[Row], source: str, size: int, params: dict[str, Any]) 
         for row in chunk:
             for url in row.urls:
                 owners[url] = owner.setdefault(int(digest(url)[:16], 16), row.index)
-            mark = int(digest([row.urls, row.text, row.conversations])[:16], 16)
+            mark = int(digest([row.urls, row.text, row.conversations, row.preferences])[:16], 16)
             duplicates += mark in seen
             seen.add(mark)
         name = digest({"rows": [r.fingerprint for r in chunk], "start": chunk[0].index, "version": VERSION, **params})

@@ -164,6 +164,8 @@ class ShardPuller:
             meta["text"] = row.text
         if row.conversations is not None:
             meta["conversations"] = row.conversations
+        if row.preferences is not None:
+            meta["preferences"] = row.preferences
         if self.licence:
             meta["licence"] = self.licence
         if row.extra:
@@ -234,7 +236,7 @@ def _known(result: Result, key: str, url: str) -> Accepted | Rejected | None:
         if (
             failure["key"] == key
             and failure["url"] == url
-            and failure["reason"] not in ("bad_conversations", "image_marks")
+            and failure["reason"] not in ("bad_conversations", "bad_preferences", "image_marks")
         ):
             return Rejected(failure["reason"], failure["detail"])
     return None

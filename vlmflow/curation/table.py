@@ -20,22 +20,27 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vlmflow import storage
+from vlmflow.curation.turns import conversations, preferences
 from vlmflow.digest import digest
 from vlmflow.errors import DataError, ServiceError
 
 FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 MAX_TABLE_BYTES = 4 << 30  # of a table that is fetched over HTTP
 _PEEK = 1000  # records of a JSON table looked at to learn its columns
-_ROLES = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
+_KINDS = ("url", "text", "conversations", "preferences", "id")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which column of a table holds what; None where the table has no such thing."""
+    """Which column of a table holds what; None where the table has no such thing.
+
+    `preferences` is one column of pairs, or the three columns of prompt, chosen and rejected.
+    """
 
     url: str | None = "url"
     text: str | None = None
     conversations: str | None = None
+    preferences: str | tuple[str, str, str] | None = None
     id: str | None = None
     text_optional: bool = False  # nobody named the text column, so a table without one is fine
 
@@ -48,6 +53,7 @@ class Row:
     urls: tuple[str, ...] = ()
     text: str | None = None
     conversations: list[dict[str, str]] | None = None
+    preferences: list[dict[str, Any]] | None = None
     id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     problem: tuple[str, str] | None = None  # (reason code, detail)
@@ -55,7 +61,8 @@ class Row:
     @property
     def fingerprint(self) -> str:
         """Digest of everything that goes into the sample, without the row's place."""
-        return digest([self.urls, self.text, self.conversations, self.id, self.extra, self.problem])
+        pairs = [] if self.preferences is None else [self.preferences]  # rows without keep the names of older shards
+        return digest([self.urls, self.text, self.conversations, self.id, self.extra, self.problem, *pairs])
 
 
 def localize(uri: str, scratch: Path, allow_hosts: frozenset[str] = frozenset()) -> Path:
@@ -123,7 +130,7 @@ def read_rows(path: Path, columns: Columns, field_name: str, shown: str = "") ->
         DataError: a named column that the table lacks, an unknown format, a table that cannot be parsed.
     """
     columns, head, records = _open(path, columns, field_name, shown)
-    named = {columns.url, columns.text, columns.conversations, columns.id}
+    named = {name for kind in _KINDS for name in _names(columns, kind)}
     for index, record in enumerate(chain(head, records)):
         yield _row(index, record, columns, named)
 
@@ -144,28 +151,46 @@ def _open(path: Path, columns: Columns, field_name: str, shown: str) -> tuple[Co
         raise DataError(f"{field_name}.table: {shown or path}: {error}") from error
     if columns.text_optional and columns.text not in present:
         columns = replace(columns, text=None)
-    for kind in ("url", "text", "conversations", "id"):
-        name = getattr(columns, kind)
-        if name is not None and name not in present and (head or whole):
-            raise DataError(
-                f"table {shown or path.name} has no column '{name}'; it has {present}. Set {field_name}.{kind}_column to the one that "
-                f"holds the {kind}, or to null if there is none."
-            )
+    for kind in _KINDS:
+        for name in _names(columns, kind):
+            if name not in present and (head or whole):
+                raise DataError(
+                    f"table {shown or path.name} has no column '{name}'; it has {present}. Set {field_name}.{kind}_column to "
+                    f"the one that holds the {kind}, or to null if there is none."
+                )
     return columns, head, records
 
 
-def _row(index: int, record: Mapping[str, Any], columns: Columns, named: set[str | None]) -> Row:
+def _names(columns: Columns, kind: str) -> tuple[str, ...]:
+    """The columns that hold a kind of content."""
+    name = getattr(columns, kind)
+    return () if name is None else (name,) if isinstance(name, str) else name
+
+
+def _pairs(record: Mapping[str, Any], columns: Columns) -> Any:
+    """The cell of pairs, or the pair that three cells make; None where they are empty."""
+    names = columns.preferences
+    if names is None or isinstance(names, str):
+        return record.get(names) if names else None
+    cells = [record.get(name) for name in names]
+    return dict(zip(("prompt", "chosen", "rejected"), cells, strict=True)) if any(cells) else None
+
+
+def _row(index: int, record: Mapping[str, Any], columns: Columns, named: set[str]) -> Row:
     urls = _urls(record.get(columns.url) if columns.url else None)
     text = _text(record.get(columns.text) if columns.text else None)
     raw = record.get(columns.conversations) if columns.conversations else None
-    turns, problem = _conversations(raw, len(urls))
-    if problem is None and not urls and text is None and turns is None:
+    turns, problem = conversations(raw, len(urls))
+    pairs, wrong = preferences(_pairs(record, columns), len(urls))
+    problem = problem or wrong
+    if problem is None and not urls and text is None and turns is None and pairs is None:
         problem = ("blank_row", "neither URL nor text")
     return Row(
         index,
         urls,
         text,
         turns,
+        pairs,
         _text(record.get(columns.id) if columns.id else None),
         {k: v for k, v in ((k, _plain(v)) for k, v in record.items() if k not in named) if v is not None},
         problem,
@@ -186,32 +211,6 @@ def _urls(value: Any) -> tuple[str, ...]:
             value = [value]
     values = value if isinstance(value, list | tuple) else [value]
     return tuple(text for text in map(_text, values) if text)
-
-
-def _conversations(value: Any, images: int) -> tuple[list[dict[str, str]] | None, tuple[str, str] | None]:
-    """Turns as LLaVA writes them, from a JSON string or list; OpenAI's role/content is understood too."""
-    if isinstance(value, str):
-        if not value.strip():
-            return None, None
-        try:
-            value = json.loads(value)
-        except ValueError:
-            return None, ("bad_conversations", "not JSON")
-    if value is None or value == []:
-        return None, None
-    if not isinstance(value, list):
-        return None, ("bad_conversations", f"a {type(value).__name__}, not a list of turns")
-    turns = []
-    for number, turn in enumerate(value):
-        speaker = turn.get("from") or turn.get("role") if isinstance(turn, dict) else None
-        said = turn.get("value", turn.get("content")) if isinstance(turn, dict) else None
-        if speaker not in _ROLES or not isinstance(said, str):
-            return None, ("bad_conversations", f"turn {number} is not {{from: human|gpt, value: text}}")
-        turns.append({"from": _ROLES[speaker], "value": said})
-    marks = sum(turn["value"].count("<image>") for turn in turns)
-    if marks and marks != images:
-        return None, ("image_marks", f"{marks} <image> marks but {images} image URLs")
-    return turns, None
 
 
 def _plain(value: Any) -> Any:

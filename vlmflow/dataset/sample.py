@@ -15,7 +15,8 @@ class Sample:
     Attributes:
         key: unique in the dataset; no dots, no slashes (WebDataset splits member names at the first dot).
         meta: ``id``, ``url``, ``source``, ``text`` and/or ``conversations`` (LLaVA style: ``{"from", "value"}``, with
-            ``<image>`` where an image stands), ``images`` (list of ``{"sha256", "width", "height", "format"}``),
+            ``<image>`` where an image stands), ``preferences`` (list of ``{"conversations", "chosen", "rejected"}``: a
+            prompt and two answers to it), ``images`` (list of ``{"sha256", "width", "height", "format"}``),
             ``licence`` if known, ``extra`` (any other columns of the input table).
         images: encoded bytes (JPEG, PNG or WebP), in the order of ``meta["images"]``.
     """

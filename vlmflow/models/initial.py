@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -62,7 +63,7 @@ def save(model: Any, tokenizer: Any, folder: str | Path) -> None:
 
 
 def corpus(manifest: Manifest, scratch: Path | None = None) -> Iterator[str]:
-    """Alt texts and conversation turns of a dataset, in order."""
+    """Alt texts, conversation turns and preferred answers of a dataset, in order."""
     from vlmflow.dataset.shard import ShardReader
 
     for shard in manifest.shards:
@@ -71,8 +72,11 @@ def corpus(manifest: Manifest, scratch: Path | None = None) -> Iterator[str]:
             meta = reader.meta(key)
             if meta.get("text"):
                 yield str(meta["text"])
-            for turn in meta.get("conversations") or []:
+            pairs = meta.get("preferences") or []
+            for turn in chain(meta.get("conversations") or [], *(pair["conversations"] for pair in pairs)):
                 yield str(turn.get("value", "")).replace("<image>", "").strip()
+            for pair in pairs:
+                yield str(pair["chosen"])
 
 
 def _trains(spec: Any) -> bool:

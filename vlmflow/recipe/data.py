@@ -11,8 +11,16 @@ from vlmflow.recipe.base import Name, Section, Share
 Engine = Literal["model", "openai"]
 
 
+class PreferenceColumns(Section):
+    """Columns of a table that keeps a pair's three parts apart, as RLAIF-V and TRL's datasets do."""
+
+    prompt: str = Field("prompt", description="column with the question: plain words, or turns")
+    chosen: str = Field("chosen", description="column with the better answer")
+    rejected: str = Field("rejected", description="column with the worse answer")
+
+
 class SourceSpec(Section):
-    """One table of samples: image URLs with alt text, or with conversations."""
+    """One table of samples: image URLs with alt text, conversations or preferences."""
 
     table: str = Field(
         description="URI of a .parquet, .csv, .tsv, .jsonl, .ndjson or .json table (file, s3, http of an allowed host)"
@@ -23,6 +31,11 @@ class SourceSpec(Section):
     text_column: str | None = Field("text", description="column with the alt text; None = no alt text")
     conversations_column: str | None = Field(
         None, description="column with conversations (LLaVA turns or OpenAI messages, JSON)"
+    )
+    preferences_column: str | PreferenceColumns | None = Field(
+        None,
+        description="column with pairs of answers ({conversations, chosen, rejected} or a list of them, JSON), or the three "
+        "columns {prompt, chosen, rejected}",
     )
     id_column: str | None = Field(
         None, description="column with a sample id; None = the sample key (source and row number)"

@@ -35,6 +35,7 @@ class Job(BaseModel):
         plan: URI of the pack plan's JSON.
         scratch: local disk for caches, work files and the result; None = that of the machine (``VLMFLOW_SCRATCH``).
         checkpoints: URI prefix of this training's checkpoints.
+        references: URI prefix of the log-probabilities that preferences are measured against (`reference.address`).
         tracking: experiment, run name and tags for MLflow.
     """
 
@@ -50,6 +51,7 @@ class Job(BaseModel):
     seed: int
     scratch: str | None = None
     checkpoints: str
+    references: str
     tracking: dict[str, Any] = {}
 
     @property

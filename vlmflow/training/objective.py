@@ -32,6 +32,13 @@ def sft(model: Any, batch: Mapping[str, Any], spec: ObjectiveSpec) -> Outcome:
     return Outcome(packed_loss(model, batch)[0])
 
 
+def dpo(model: Any, batch: Mapping[str, Any], spec: ObjectiveSpec) -> Outcome:
+    """Direct preference optimisation, summed over pairs; see `vlmflow.training.dpo`."""
+    from vlmflow.training.dpo import pack_outcome
+
+    return Outcome(*pack_outcome(model, batch, spec))
+
+
 @dataclass(frozen=True)
 class Objective:
     """A loss.
@@ -39,10 +46,15 @@ class Objective:
     Attributes:
         outcome: (engine, batch of tensors, recipe's objective) -> sums of this micro-batch.
         weight: (plan, step) -> what the step's loss is divided by, over all ranks.
+        paired: items are pairs measured against the initial model; batches carry its ``reference`` values.
     """
 
     outcome: Callable[[Any, Mapping[str, Any], ObjectiveSpec], Outcome]
     weight: Callable[[Plan, int], int]
+    paired: bool = False
 
 
-OBJECTIVES: dict[str, Objective] = {"sft": Objective(sft, lambda plan, step: plan.targets_of(step))}
+OBJECTIVES: dict[str, Objective] = {
+    "sft": Objective(sft, lambda plan, step: plan.targets_of(step)),
+    "dpo": Objective(dpo, lambda plan, step: plan.items_in(step), paired=True),
+}

@@ -131,6 +131,7 @@ def _job(
         seed=ctx.recipe.seed,
         scratch=str(Path(ctx.scratch).resolve()),
         checkpoints=_checkpoints(ctx, key),
+        references=storage.join(ctx.root, "references"),
         tracking={
             "experiment": ctx.recipe.registry.experiment,
             "name": f"{ctx.recipe.name}-{label}",

@@ -11,10 +11,15 @@ import math
 import shutil
 import threading
 import time
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmflow.errors import StepFailed
 from vlmflow.training.job import Job, emit
+
+if TYPE_CHECKING:
+    from vlmflow.training.loader import Loader, Micro
+    from vlmflow.training.plan import Plan
+    from vlmflow.training.reference import Reference
 
 NOT_COPIED = {"model.json", "model.safetensors.index.json"}
 REPORT_EVERY = 0.3  # seconds between step events
@@ -59,6 +64,7 @@ class Trainer:
         self.family, self.tokenizer, self.config = made.family, made.tokenizer, made.config
         self.engine, self.group_labels = made.engine, made.labels
         self.objective = OBJECTIVES[job.stage.objective.kind]
+        self.reference: Reference | None = None
         if rank == 0:
             emit(event="table", text=made.table.as_text(), table=made.table.as_json())
         self._prepare()
@@ -92,24 +98,13 @@ class Trainer:
             StepFailed: the loss or the gradient is not finite (names the samples).
         """
         from vlmflow.training import engine as ds
-        from vlmflow.training.loader import Loader
         from vlmflow.training.optimizer import named_rates, rate
         from vlmflow.training.record import step_record
 
+        self._measure_reference()
         first, log = self._resume()
         schedule, steps = self.stage.schedule, self.plan.steps
-        loader = Loader(
-            self.plan,
-            self.encoder,
-            self.tile,
-            self.family.positions,
-            self.dummy,
-            self.side,
-            self.job.cache,
-            self.rank,
-            self.world,
-            workers=1 if self.device.type == "cpu" else max(2, self.stage.threads),
-        )
+        loader = self._loader(self.plan)
         if self.rank == 0:
             report = self.plan.report | {"imbalance": round(self.plan.imbalance(self.world), 4)}
             emit(event="plan", steps=steps, first=first, report=report, examples=self.plan.examples)
@@ -160,19 +155,58 @@ class Trainer:
                 if log.tracker is not None and log.tracker.problem:
                     emit(event="note", text=log.tracker.problem + "; training went on without it")
 
+    def _loader(self, plan: Plan) -> Loader:
+        """This rank's micro-batches of a plan."""
+        from vlmflow.training.loader import Loader
+
+        return Loader(
+            plan,
+            self.encoder,
+            self.tile,
+            self.family.positions,
+            self.dummy,
+            self.side,
+            self.job.cache,
+            self.rank,
+            self.world,
+            workers=1 if self.device.type == "cpu" else max(2, self.stage.threads),
+        )
+
+    def _measure_reference(self) -> None:
+        """What pairs are measured against, under the initial weights: before any checkpoint is put back."""
+        from vlmflow.training import reference
+
+        if not self.objective.paired:
+            return
+
+        def say(text: str) -> None:
+            if self.rank == 0:
+                emit(event="note", text=text)
+
+        uri = reference.address(self.job, self.plan)
+        self.reference = reference.prepare(
+            uri, self.plan, self._loader, self.engine, self.device, self.rank, self.world, say
+        )
+
+    def _batch(self, pack: int | None, micro: Micro) -> dict[str, Any]:
+        """A micro-batch as tensors, with the reference values of its pairs."""
+        from vlmflow.training.batch import to_torch
+
+        known = {} if self.reference is None else {"reference": self.reference.of(pack)}
+        return to_torch(micro.batch | known, self.device)
+
     def _step(self, step: int, micros: list[Any]) -> StepResult:
         """One optimizer step: backward over its micro-batches, then the update."""
         import torch
         import torch.distributed as dist
 
         from vlmflow.training import engine as ds
-        from vlmflow.training.batch import to_torch
 
         torch.manual_seed((self.job.seed * 1_000_003 + step) * 4096 + self.rank)
         weight = max(1, self.objective.weight(self.plan, step))
         sums: dict[str, torch.Tensor] = {}
-        for micro in micros:
-            outcome = self.objective.outcome(self.engine, to_torch(micro.batch, self.device), self.stage.objective)
+        for pack, micro in zip(self.plan.deal(step, self.world)[self.rank], micros, strict=True):
+            outcome = self.objective.outcome(self.engine, self._batch(pack, micro), self.stage.objective)
             ds.backward(self.engine, outcome.loss_sum / weight)
             for name, value in {"loss": outcome.loss_sum, **outcome.sums}.items():
                 sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=self.device)) + value.detach()

@@ -64,8 +64,8 @@ def pixel_shuffle(features: torch.Tensor, factor: int) -> torch.Tensor:
     return blocks.reshape(tiles, half * half, factor * factor * width)
 
 
-def target_loss(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> torch.Tensor:
-    """Summed cross-entropy in nats of rows `hidden` [n, D] against `labels` [n], in fp32.
+def target_loss(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module, reduction: str = "sum") -> torch.Tensor:
+    """Cross-entropy in nats of rows `hidden` [n, D] against `labels` [n], in fp32: summed, or [n] with "none".
 
     Only target rows ever meet the head; above LOSS_ELEMENTS logits they do so in chunks whose logits are recomputed
     in the backward pass, so the full [n, V] matrix never exists. The head is called once, with the chunks inside: ZeRO 3
@@ -74,7 +74,7 @@ def target_loss(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> 
     logits = head.forward
 
     def piece(rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        return nn.functional.cross_entropy(logits(rows).float(), values, reduction="sum")
+        return nn.functional.cross_entropy(logits(rows).float(), values, reduction=reduction)
 
     def whole(hidden: torch.Tensor) -> torch.Tensor:
         vocabulary: Any = head.out_features
@@ -85,7 +85,7 @@ def target_loss(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module) -> 
             checkpoint(piece, hidden[i : i + rows], labels[i : i + rows], use_reentrant=False)
             for i in range(0, hidden.shape[0], rows)
         ]
-        return torch.stack(parts).sum()
+        return torch.cat(parts) if reduction == "none" else torch.stack(parts).sum()
 
     head.forward = whole  # type: ignore[method-assign]
     try:
@@ -265,6 +265,7 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_only: bool = False,
+        target_losses: bool = False,
         num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> PointsOutput:
@@ -275,7 +276,8 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
         the first token of a segment is ignored by construction of the labels (Family.labels), so no target crosses.
 
         `loss` = summed nats / `num_items_in_batch` (default: the targets here). `loss_only` computes the head on the
-        target rows alone and returns no logits.
+        target rows alone and returns no logits. `target_losses` gives the nats of each target [n], in order, as
+        `loss_sum` and `loss`, undivided.
         """
         if labels is not None:
             kwargs.setdefault("use_cache", False)
@@ -302,10 +304,13 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
             values = labels[:, 1:][wanted]
             targets = wanted.sum()
             if values.numel():
-                loss_sum = target_loss(hidden[:, :-1][wanted], values, self.lm_head)
+                reduction = "none" if target_losses else "sum"
+                loss_sum = target_loss(hidden[:, :-1][wanted], values, self.lm_head, reduction)
             else:  # no target: zero that still reaches every parameter's graph, so that no rank waits for another
-                loss_sum = self.lm_head(hidden[:, :1]).float().sum() * 0.0
-            loss = loss_sum / (targets.clamp(min=1) if num_items_in_batch is None else num_items_in_batch)
+                zero = self.lm_head(hidden[:, :1]).float().sum() * 0.0
+                loss_sum = zero.reshape(1)[:0] if target_losses else zero
+            items = targets.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
+            loss = loss_sum if target_losses else loss_sum / items
         return PointsOutput(
             loss=loss,
             logits=logits,
