@@ -146,6 +146,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1, help="threads and cores of each process")
     parser.add_argument("--only", nargs="*", help="contenders, e.g. ours padded:8 bare")
     parser.add_argument("--quick", action="store_true", help="smallest size, few steps, one pass")
+    parser.add_argument(
+        "--cpu-clock", action="store_true", help="CPU seconds of the process: for a busy machine, no result"
+    )
     parser.add_argument("--json", type=Path, default=None, help="result file (default benchmarks/results/...)")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -153,6 +156,8 @@ def main() -> int:
     arguments = parser.parse_args()
     arguments.steps = arguments.steps or (2 if arguments.quick else 24)
     arguments.warmup = arguments.warmup if arguments.warmup is not None else (1 if arguments.quick else 5)
+    if arguments.cpu_clock:
+        os.environ["VLMFLOW_BENCHMARK_CPU_CLOCK"] = "1"
     if arguments.child:
         child(arguments)
         return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -34,33 +35,24 @@ def train(folder: Path, size: Size, steps: Steps, threads: int) -> None:
     """Our trainer as users run it: shards, decoding threads, DeepSpeed engine, clipping, log."""
     from vlmflow.training.trainer import Trainer
 
-    made = job(folder, size, f"ours-{size.name}", steps.total, threads)
-    trainer = Trainer(made, rendezvous=f"file://{made.work}/meeting")
+    class Timed(Trainer):
+        def _step(self, step: int, micros: list[Any]) -> Any:
+            result = super()._step(step, micros)
+            for micro in micros:
+                lengths = lengths_of(micro.batch)
+                real = lengths if micro.images else lengths[:-1]  # the last segment is the dummy image's
+                steps.add(real, sum(lengths), int(micro.images))
+            steps.end()
+            return result
+
+    made = job(folder, size, f"ours-{os.getpid()}", steps.total, threads)
+    trainer = Timed(made, rendezvous=f"file://{made.work}/meeting")
+    steps.begin()
     trainer.run()
-    records = [json.loads(line) for line in made.log.read_text().splitlines()]
-    lengths = planned(trainer)
-    for record, (row_lengths, tiles) in zip(records, lengths, strict=True):
-        steps.seconds.append(record["seconds"])
-        steps.tokens.append(record["tokens"])
-        steps.slots.append(record["tokens"])
-        steps.squares.append(sum(n * n for n in row_lengths))
-        steps.tiles.append(tiles)
-        steps.images.append(round(record["images_per_second"] * record["seconds"]))
-    timed = records[steps.warmup :]
-    seconds = sum(r["seconds"] for r in timed)
-    steps.extra["data_wait"] = round(sum(r["data_wait"] * r["seconds"] for r in timed) / seconds, 5)
-    steps.extra["plan"] = trainer.plan.report
+    timed = [json.loads(line) for line in made.log.read_text().splitlines()][steps.warmup :]
+    waited = sum(record["data_wait"] * record["seconds"] for record in timed)
+    steps.extra["data_wait"] = round(waited / sum(record["seconds"] for record in timed), 5)
     steps.extra["fill"] = trainer.plan.report["fill_tokens"]
-
-
-def planned(trainer: Any) -> list[tuple[list[int], int]]:
-    """(sample lengths, tiles) of each step of a trainer's plan."""
-    lengths, plan = trainer.examples.lengths(), trainer.plan
-    found = []
-    for step in range(plan.steps):
-        samples = [s for pack in plan.packs_of(step) for s in plan.samples_of(pack)]
-        found.append(([int(lengths.tokens[s]) for s in samples], int(sum(lengths.tiles[s] for s in samples))))
-    return found
 
 
 def collect(folder: Path, size: Size, name: str, total: int, threads: int, **stage: Any) -> tuple[list[list[Any]], Any]:
