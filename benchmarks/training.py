@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ RESULTS = HERE / "results"
 sys.path.insert(0, str(HERE))
 
 OURS, PADDED, BUCKETED, TRL, NANO, DENSE, BARE = "ours", "padded", "bucketed", "trl", "nanovlm", "dense", "bare"
+COST, COUNT = "ranks-cost", "ranks-count"
 TITLES = {
     OURS: "ours: budget packs, varlen",
     PADDED: "HF Trainer, padded",
@@ -35,13 +37,15 @@ TITLES = {
     DENSE: "packs, dense mask, bare loop",
     NANO: "packs as nanoVLM, bare loop",
     BARE: "our packs, bare loop",
+    COST: "2 ranks, our packs dealt by cost",
+    COUNT: "2 ranks, samples dealt by count",
 }
 
 
-def contenders(rows: tuple[int, ...]) -> list[str]:
-    """Names as ``kind`` or ``kind:rows a forward``."""
+def contenders(rows: tuple[int, ...], pairs: list[str]) -> list[str]:
+    """Names as ``kind`` or ``kind:rows a forward``; ``pairs`` are those of two processes."""
     swept = [f"{kind}:{n}" for kind in (PADDED, BUCKETED, TRL) for n in rows]
-    return [OURS, *swept, DENSE, NANO, BARE]
+    return [OURS, *swept, DENSE, NANO, BARE, *pairs]
 
 
 def child(arguments: argparse.Namespace) -> None:
@@ -58,8 +62,12 @@ def child(arguments: argparse.Namespace) -> None:
     steps = Steps(arguments.warmup + arguments.steps, arguments.warmup)
     if kind == OURS:
         ours.train(folder, size, steps, arguments.threads)
+    elif kind in (COST, COUNT):
+        ours.two_ranks(folder, size, steps, arguments.threads, kind == COST)
     elif kind in (BARE, DENSE):
-        seen, _ = ours.collect(folder, size, f"{kind}-{os.getpid()}", steps.total, arguments.threads)
+        seen = ours.collect(
+            ours.loader(ours.job(folder, size, f"{kind}-{os.getpid()}", steps.total, arguments.threads))
+        )
         model = ours.load(folder, size, "vlmflow_varlen" if kind == BARE else "sdpa")
         lay = layouts.dense if kind == DENSE else dict
         ours.bare(model, [[(lay(m.batch), ours.lengths_of(m.batch)) for m in micros] for micros in seen], steps)
@@ -77,7 +85,8 @@ def child(arguments: argparse.Namespace) -> None:
         else:
             scratch = str(folder / f"hf-{os.getpid()}")
             huggingface.train(model, everything, size, int(per_batch), kind == BUCKETED, kind == TRL, scratch, steps)
-    arguments.out.write_text(json.dumps(steps.as_json()))
+    if os.environ.get("RANK", "0") == "0":
+        arguments.out.write_text(json.dumps(steps.as_json()))
 
 
 def size_of(arguments: argparse.Namespace) -> Any:
@@ -86,6 +95,13 @@ def size_of(arguments: argparse.Namespace) -> Any:
 
     size = SIZES["quick" if arguments.quick else arguments.size]
     return replace(size, samples=arguments.samples or size.samples)
+
+
+def two_processes_fit(cores: list[int], threads: int) -> bool:
+    """Whether two ranks have cores of their own; on GPUs the comparison of ranks is left to the CPU."""
+    import torch
+
+    return len(cores) >= 2 * threads and not torch.cuda.is_available()
 
 
 def gate(folder: Path, size: Any, count: int = 12) -> dict[str, Any]:
@@ -123,15 +139,30 @@ def run_pass(name: str, folder: Path, arguments: argparse.Namespace, number: int
     threads = {k: str(arguments.threads) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     environment = {**os.environ, **threads, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command,
-        env=environment,
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, cores),
-    )
-    if done.returncode:
-        return {"failed": (done.stderr.strip().splitlines() or ["no output"])[-1]}
+    environment["MEETING"] = str(folder / f"meeting-{number}")
+    world = 2 if name in (COST, COUNT) else 1
+    running = []
+    for rank in range(world):
+        mine = cores[rank * arguments.threads :][: arguments.threads] or cores
+        log = open(folder / f"pass-{number}-{rank}.log", "w+")  # noqa: SIM115 - closed with the process's result
+        pin = partial(os.sched_setaffinity, 0, mine)
+        running.append(
+            (
+                subprocess.Popen(
+                    command, env={**environment, "RANK": str(rank)}, stderr=log, stdout=log, preexec_fn=pin
+                ),
+                log,
+            )
+        )
+    codes = [process.wait() for process, _ in running]
+    texts = []
+    for _, log in running:
+        log.seek(0)
+        texts.append(log.read().strip())
+        log.close()
+    if any(codes):
+        lines = next(text for text, code in zip(texts, codes, strict=True) if code).splitlines()
+        return {"failed": lines[-1] if lines else "no output"}
     return json.loads(out.read_text())
 
 
@@ -165,12 +196,14 @@ def main() -> int:
     from training_peers.world import build
 
     size = size_of(arguments)
-    cores = sorted(os.sched_getaffinity(0))[-arguments.threads :]
-    names = arguments.only or contenders(size.rows)
+    cores = sorted(os.sched_getaffinity(0))[::-1]
+    names = arguments.only or contenders(
+        size.rows, [COST, COUNT] if two_processes_fit(cores, arguments.threads) else []
+    )
     with tempfile.TemporaryDirectory(prefix="vlmflow-benchmark-") as place:
         folder = Path(place)
         build(folder, size)
-        head = report.machine(arguments, size, cores)
+        head = report.machine(arguments, size, cores[: arguments.threads])
         print(head["text"])
         gated = gate(folder, size)
         passes: dict[str, list[dict[str, Any]]] = {name: [] for name in names}

@@ -54,29 +54,29 @@ def train(
         return padded([rows[item["number"]] for item in items])
 
     cuda = torch.cuda.is_available()
-    options: dict[str, Any] = dict(
-        output_dir=folder,
-        per_device_train_batch_size=per_batch,
-        gradient_accumulation_steps=max(1, size.batch // per_batch),
-        max_steps=steps.total,
-        learning_rate=1e-4,
-        lr_scheduler_type="constant",
-        weight_decay=0.0,
-        max_grad_norm=1.0,
-        optim="adamw_torch_fused",
-        bf16=cuda,
-        train_sampling_strategy="group_by_length" if grouped else "random",
-        dataloader_drop_last=True,
-        dataloader_pin_memory=cuda,
-        gradient_checkpointing=False,
-        remove_unused_columns=False,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
-        seed=size.seed,
-        use_cpu=not cuda,
-    )
+    options: dict[str, Any] = {
+        "output_dir": folder,
+        "per_device_train_batch_size": per_batch,
+        "gradient_accumulation_steps": max(1, size.batch // per_batch),
+        "max_steps": steps.total,
+        "learning_rate": 1e-4,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.0,
+        "max_grad_norm": 1.0,
+        "optim": "adamw_torch_fused",
+        "bf16": cuda,
+        "train_sampling_strategy": "group_by_length" if grouped else "random",
+        "dataloader_drop_last": True,
+        "dataloader_pin_memory": cuda,
+        "gradient_checkpointing": False,
+        "remove_unused_columns": False,
+        "logging_strategy": "no",
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "seed": size.seed,
+        "use_cpu": not cuda,
+    }
     if trl:
         from trl import SFTConfig, SFTTrainer
 

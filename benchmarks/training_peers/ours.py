@@ -4,31 +4,56 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig, AutoTokenizer
 
 from training_peers.measure import Steps
 from training_peers.world import Size, context, recipe
 from vlmflow import models
 from vlmflow.dataset.manifest import Manifest
+from vlmflow.models.chat import Segment
 from vlmflow.models.loss import packed_loss
 from vlmflow.models.store import load_ref
+from vlmflow.training import plan_file
 from vlmflow.training import run as training
+from vlmflow.training.examples import Encoder
 from vlmflow.training.job import Job
+from vlmflow.training.loader import Loader
 
 
-def job(folder: Path, size: Size, name: str, total: int, threads: int, **stage: Any) -> Job:
-    """The job of our trainer for ``total`` steps over the shards under ``folder``."""
+def job(
+    folder: Path, size: Size, name: str, total: int, threads: int, manifest: Manifest | None = None, **stage: Any
+) -> Job:
+    """The job of our trainer for ``total`` steps over the shards under ``folder``, planned and stored."""
     made = recipe(size, max_steps=total, threads=threads, **stage)
     ctx = context(folder / name, made)
     spec = training.stage_of(made, "sft")
-    manifest = Manifest.model_validate_json((folder / "manifest.json").read_text())
+    manifest = manifest or Manifest.model_validate_json((folder / "manifest.json").read_text())
     reference = load_ref(folder / "model.json")
     whole = training._job(ctx, name, name, spec, list(spec.data), reference, {"mixed": manifest})
     return whole.model_copy(update={"tracking": {}})
+
+
+def loader(made: Job, plan: Any = None, rank: int = 0, world: int = 1, workers: int = 1) -> Loader:
+    """The loader of a job without its trainer; ``plan`` may deal the job's items in another way."""
+    folder = made.model_folder()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    models.register()
+    config = AutoConfig.from_pretrained(folder)
+    family = models.family(made.family)
+    encoder = Encoder(family, tokenizer, config, made.stage, [use for use, _ in made.uses], made.seed)
+    dummy, _ = family.expand([Segment(image=0)], tokenizer, [1], config)
+
+    def tile(image: Any, max_tiles: int) -> Any:
+        return family.tile(image, {"tile": config.tile, "max_tiles": max_tiles})
+
+    plan = plan or plan_file.load(made.plan, made.cache)
+    return Loader(plan, encoder, tile, family.positions, dummy, config.tile, made.cache, rank, world, workers=workers)
 
 
 def train(folder: Path, size: Size, steps: Steps, threads: int) -> None:
@@ -55,24 +80,12 @@ def train(folder: Path, size: Size, steps: Steps, threads: int) -> None:
     steps.extra["fill"] = trainer.plan.report["fill_tokens"]
 
 
-def collect(folder: Path, size: Size, name: str, total: int, threads: int, **stage: Any) -> tuple[list[list[Any]], Any]:
-    """(micro-batches of every step as our loader makes them, the trainer that planned them); nothing is trained."""
-    from vlmflow.training.trainer import StepResult, Trainer
-
-    seen: list[list[Any]] = []
-
-    class Collector(Trainer):
-        def _step(self, step: int, micros: list[Any]) -> StepResult:
-            seen.append(micros)
-            return StepResult(0.0, 0.0, 0, False, {})
-
-        def _finish(self) -> None:
-            pass
-
-    made = job(folder, size, name, total, threads, **stage)
-    trainer = Collector(made, rendezvous=f"file://{made.work}/meeting")
-    trainer.run()
-    return seen, trainer
+def collect(made: Loader) -> list[list[Any]]:
+    """The micro-batches of every step, ready in memory."""
+    try:
+        return [micros for _, micros in made.steps()]
+    finally:
+        made.close()
 
 
 def load(folder: Path, size: Size, attention: str) -> Any:
@@ -89,10 +102,18 @@ def lengths_of(batch: dict[str, Any]) -> list[int]:
     return np.diff(batch["cu_seq_lens_q"]).tolist()
 
 
-def bare(model: Any, work: list[list[tuple[dict[str, Any], list[int]]]], steps: Steps) -> None:
+def bare(
+    model: Any,
+    work: list[list[tuple[dict[str, Any], list[int]]]],
+    steps: Steps,
+    between: Callable[[list[Any]], None] = lambda trained: None,
+) -> None:
     """Forward, backward, clip, fused AdamW over ready (batch, sample lengths), and nothing else.
 
     This is what the overhead of a loop is measured by, and the most favourable loop for the other ways of packing.
+
+    Args:
+        between: called with the trained parameters before the update: where ranks add their gradients up.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
@@ -102,9 +123,65 @@ def bare(model: Any, work: list[list[tuple[dict[str, Any], list[int]]]], steps: 
         targets = sum(int((batch["labels"] != -100).sum()) for batch, _ in micros)
         for batch, lengths in micros:
             tensors = {k: torch.as_tensor(v).to(device) if np.ndim(v) else v for k, v in batch.items()}
-            (packed_loss(model, tensors)[0] / targets).backward()
+            (packed_loss(model, tensors)[0] / max(1, targets)).backward()
             steps.add(lengths, batch["input_ids"].size, len(batch.get("pixel_values", ())))
+        between(trained)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         steps.end()
+
+
+class ByCount:
+    """The same steps dealt as samplers do: every rank gets the same number of samples, in one micro-batch."""
+
+    def __init__(self, plan: Any) -> None:
+        self.plan, self.steps, self.shards = plan, plan.steps, plan.shards
+
+    def deal(self, step: int, world: int) -> list[list[int]]:
+        return [[step * world + rank] for rank in range(world)]
+
+    def items_of(self, number: int, world: int = 2) -> list[Any]:
+        items = [item for pack in self.plan.packs_of(number // world) for item in self.plan.items_of(pack)]
+        return items[number % world :: world]
+
+    def imbalance(self, world: int) -> float:
+        """Mean over steps of the largest rank's cost over the mean, by the plan's own cost model."""
+        ratios = []
+        for step in range(self.steps):
+            loads = [
+                sum(
+                    self.plan.cost.cost(i.tokens, i.squares, i.tiles, i.targets)
+                    for i in self.items_of(step * world + rank)
+                )
+                for rank in range(world)
+            ]
+            ratios.append(max(loads) * world / sum(loads))
+        return float(np.mean(ratios))
+
+
+def two_ranks(folder: Path, size: Size, steps: Steps, threads: int, balanced: bool) -> None:
+    """One of two gloo ranks over the same steps of four packs; ``balanced`` = dealt by cost, else by number of samples."""
+    rank, world = int(os.environ["RANK"]), 2
+    torch.distributed.init_process_group("gloo", f"file://{os.environ['MEETING']}", rank=rank, world_size=world)
+    made = job(folder, size, f"ranks-{os.getpid()}", steps.total, threads, packs=4)
+    plan = plan_file.load(made.plan, made.cache)
+    dealt = plan if balanced else ByCount(plan)
+    seen = collect(loader(made, dealt, rank, world))
+
+    def add_up(trained: list[Any]) -> None:
+        flat = torch.cat([p.grad.view(-1) for p in trained])
+        torch.distributed.all_reduce(flat)
+        at = 0
+        for p in trained:
+            p.grad.copy_(flat[at : at + p.numel()].view_as(p))
+            at += p.numel()
+
+    torch.distributed.barrier()
+    model = load(folder, size, "vlmflow_varlen")
+    bare(model, [[(m.batch, lengths_of(m.batch)) for m in micros] for micros in seen], steps, add_up)
+    for values in (steps.tokens, steps.slots, steps.squares, steps.tiles):
+        both = torch.tensor(values)
+        torch.distributed.all_reduce(both)
+        values[:] = both.tolist()
+    steps.extra["imbalance"] = round(dealt.imbalance(world), 4)

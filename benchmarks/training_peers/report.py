@@ -111,6 +111,7 @@ def row(name: str, runs: list[dict[str, Any]], size: Any, peak: float) -> dict[s
         "tokens_per_step": sum(best["tokens"]) / len(best["tokens"]),
         "data_wait": best.get("data_wait"),
         "fill": best.get("fill"),
+        "imbalance": best.get("imbalance"),
         "best_steps": [min(times) for times in zip(*(run["seconds"] for run in good), strict=True)],
     }
 
@@ -125,6 +126,7 @@ def summary(
     """All figures as JSON, and the table as ``text``."""
     rows = {name: row(name, runs, size, head["peak_flops"]) for name, runs in passes.items()}
     ours = rows.get("ours", {})
+    figures: dict[str, Any] = {}
     lines = [
         "",
         RULES.format(
@@ -140,6 +142,9 @@ def summary(
         if "failed" in found:
             lines.append(f"{title:<34}cannot run: {found['failed']}")
             continue
+        if kind.startswith("ranks-"):
+            figures[kind] = {"tokens_per_second": found["tokens_per_second"], "imbalance": found["imbalance"]}
+            continue
         equal = kind in gated["equal"] or kind in ("bare", "bucketed")
         ratio = ours.get("tokens_per_second", 0.0) / found["tokens_per_second"]
         found["ours_is"] = ratio if equal and kind != "ours" else None
@@ -149,7 +154,6 @@ def summary(
             f"{title:<34}{found['tokens_per_second']:>9.0f}{shown:>9}{found['tiles_per_second']:>8.1f}{found['padding']:>8.1%}"
             f"{found['p50'] * 1e3:>8.0f}{found['p95'] * 1e3:>8.0f}{found['memory_mb']:>8.0f}{found['mfu']:>7.1%}{wait:>7}"
         )
-    figures = {}
     if "fill" in ours:
         figures["fill"] = ours["fill"]
         lines += ["", f"pack fill {ours['fill']:.1%} of the token budget, over the whole plan"]
@@ -164,4 +168,10 @@ def summary(
         if best and "tokens_per_second" in ours:
             figures[f"over_{kind}"] = ours["tokens_per_second"] / max(best)
             lines.append(f"ours is {figures[f'over_{kind}']:.2f}x of {titles[kind]} at its best batch size")
+    for kind in ("ranks-cost", "ranks-count"):
+        if kind in figures:
+            both = figures[kind]
+            lines.append(
+                f"{titles[kind]}: {both['tokens_per_second']:.0f} tokens/s, slowest rank {both['imbalance']:.3f}x of the mean cost"
+            )
     return {**head, "gate": gated, "rows": rows, "figures": figures, "text": "\n".join(lines)}
