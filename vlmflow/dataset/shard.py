@@ -128,11 +128,14 @@ class ShardReader:
         """Sample keys in shard order."""
         return list(self.index)
 
-    def _member(self, key: str, name: str) -> bytes:
-        offset, length = self.index[key][name]
+    def _bytes(self, offset: int, length: int) -> bytes:
         with open(self.path, "rb") as file:
             file.seek(offset)
-            data = file.read(length)
+            return file.read(length)
+
+    def _member(self, key: str, name: str) -> bytes:
+        offset, length = self.index[key][name]
+        data = self._bytes(offset, length)
         if len(data) != length:
             raise DataError(
                 f"{self.uri}: sample {key}, member {name}: {len(data)} bytes read, {length} indexed; the shard is cut. "

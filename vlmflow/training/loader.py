@@ -1,35 +1,41 @@
-"""Batches of one rank, decoded ahead of the loop.
+"""Batches of one rank, fetched, decoded and laid out ahead of the loop.
 
-A small pool of threads reads, decodes and tiles the packs of the coming micro-batches (Pillow and file reads release
-the interpreter lock), so that the loop finds them ready; the time it nevertheless waits is measured and reported.
-Order never depends on which thread finishes first. Shards are copied to local disk some packs before the plan touches
-them; under windowed shuffling that is a window of shards at a time.
+Three stages run ahead of each other: shards of the coming packs come to local disk (`dataset.window`: large reads, a hard
+limit in bytes), worker threads decode, tile and tokenise packs (Pillow, file reads and tokenizers release the interpreter
+lock), and finished micro-batches wait in a bounded queue. Their order is the plan's, whichever thread finishes first; an
+error comes up at the micro-batch that it belongs to and names the sample. The time that the loop nevertheless waits is
+measured and reported.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmflow import storage
+from vlmflow.dataset.fetch import retried
 from vlmflow.dataset.layer import read_part
 from vlmflow.dataset.sample import Sample
-from vlmflow.dataset.shard import ShardReader
-from vlmflow.errors import DataError
+from vlmflow.dataset.window import Lease, LeasedShard, Window
+from vlmflow.dataset.workers import Workers
+from vlmflow.errors import DataError, VlmflowError
 from vlmflow.models.family import IGNORED, masked_labels
-from vlmflow.training.batch import pack
+from vlmflow.training.batch import pack, pinned
 from vlmflow.training.examples import Part
+from vlmflow.training.mixture import WINDOW
 from vlmflow.training.plan import Item, Plan
 
-OPEN_SHARDS = 128
 FETCH_AHEAD = 32  # packs whose shards are fetched before the packs are built
+FETCHERS = 2  # shards on their way at a time; each is read in several parts
+KEPT = 2 * WINDOW  # shards whose index and layer rows stay in memory when no coming pack reads them
 
 
 class Micro(NamedTuple):
@@ -42,11 +48,65 @@ class Micro(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """A shard on local disk: its keys, and the rows of its text layer by key."""
+    """A shard on local disk: its samples and keys, and the rows of its text layer by key."""
 
-    reader: ShardReader
+    reader: LeasedShard
     keys: list[str]
     rows: dict[str, Any] | None
+
+
+class _Shards:
+    """Shards that coming packs read, each opened once and leased until the last of those packs is built."""
+
+    def __init__(self, plan: Plan, scratch: Path) -> None:
+        self.plan, self.scratch = plan, scratch
+        self.window = Window(scratch / "shards")
+        sizes = [entry.shard.bytes for entry in plan.shards if storage.local_path(entry.shard.uri) is None]
+        most = sorted(sizes)[-WINDOW:]
+        self.window.check(sum(most), f"the {len(most)} shards whose samples are shuffled together")
+        self._fetchers = Workers(FETCHERS, "fetcher")
+        self._opened: dict[int, Future[_Opened]] = {}
+        self._readers: dict[int, int] = {}
+        self._known: OrderedDict[int, _Opened] = OrderedDict()
+
+    def hold(self, shards: set[int]) -> None:
+        """Begin to bring shards to local disk; they stay until as many calls of `drop`."""
+        for shard in sorted(shards):
+            self._readers[shard] = self._readers.get(shard, 0) + 1
+            if shard not in self._opened:
+                known = self._known.pop(shard, None)
+                self._opened[shard] = self._fetchers.submit(lambda s=shard, k=known: self._open(s, k))  # type: ignore[misc]
+
+    def drop(self, shards: set[int]) -> None:
+        """These were read by one of their packs."""
+        for shard in shards:
+            self._readers[shard] -= 1
+            if not self._readers[shard]:
+                del self._readers[shard]
+                opened = self._opened.pop(shard).result()
+                opened.reader.lease.release()
+                self._known[shard] = opened
+                if len(self._known) > KEPT:
+                    self._known.popitem(last=False)
+
+    def get(self, shard: int) -> _Opened:
+        """A shard that is held; waits for it."""
+        return self._opened[shard].result()
+
+    def _open(self, shard: int, known: _Opened | None) -> _Opened:
+        entry = self.plan.shards[shard]
+        lease: Lease = self.window.lease(entry.shard)
+        if known is not None:
+            known.reader.lease = lease
+            return known
+        reader = LeasedShard(entry.shard, lease, self.scratch)
+        text = entry.text
+        rows = None if text is None else retried(lambda: read_part(text, self.scratch))
+        return _Opened(reader, reader.keys(), rows)
+
+    def close(self) -> None:
+        self.window.close()
+        self._fetchers.close()
 
 
 class Loader:
@@ -59,7 +119,11 @@ class Loader:
         dummy: ids of a segment with exactly one tile, added to packs without an image, so that every rank runs the
             vision tower in every micro-batch and no collective waits for ever (spec: training.md B.3).
         side: tile side S in pixels.
+        scratch: local disk; its folder ``shards`` is shared by the ranks of a machine.
         ahead: micro-batches prepared ahead, for each of the ``workers`` threads.
+
+    Raises:
+        NoSpace: the shards that are shuffled together are larger than the shard cache may be.
     """
 
     def __init__(
@@ -78,66 +142,80 @@ class Loader:
     ) -> None:
         self.plan, self.encoder = plan, encoder
         self.tile, self.positions = tile, positions
-        self.dummy, self.side, self.scratch = np.asarray(dummy, dtype=np.int32), side, scratch
+        self.dummy, self.side = np.asarray(dummy, dtype=np.int32), side
         self.rank, self.world = rank, world
         self.waited = 0.0
         self.ahead = ahead * workers
-        self.pool = ThreadPoolExecutor(workers, thread_name_prefix="loader")
-        self.fetchers = ThreadPoolExecutor(2, thread_name_prefix="fetcher")
-        self._readers: OrderedDict[int, Future[_Opened]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._shards = _Shards(plan, scratch)
+        self._builders = Workers(workers, "loader")
 
     def steps(self, first: int = 0) -> Iterator[tuple[int, list[Micro]]]:
-        """(step, its micro-batches on this rank) from step ``first`` on."""
-        queue: deque[tuple[int, int, Future[Micro]]] = deque()
-        coming: deque[tuple[int, int, int | None]] = deque()
+        """(step, its micro-batches on this rank) from step ``first`` on.
+
+        Raises:
+            DataError: a sample cannot be read, decoded or encoded; the message names it.
+            StorageError: a shard does not come.
+        """
+        queue: deque[tuple[int, int, set[int], Future[Micro]]] = deque()
+        coming: deque[tuple[int, int, list[Item]]] = deque()
         source = self._packs(first)
         collected: list[Micro] = []
         while True:
-            for item in islice(source, FETCH_AHEAD - len(coming)):
-                coming.append(item)
-                self._fetch(item[2])
+            for entry in islice(source, FETCH_AHEAD - len(coming)):
+                coming.append(entry)
+                self._shards.hold(_shards_of(entry[2]))
             while coming and len(queue) < self.ahead:
-                step, count, number = coming.popleft()
-                queue.append((step, count, self.pool.submit(self.micro, number)))
+                step, count, items = coming.popleft()
+                made = self._builders.submit(lambda items=items: self._micro(items))  # type: ignore[misc]
+                queue.append((step, count, _shards_of(items), made))
             if not queue:
                 return
-            step, count, future = queue.popleft()
+            step, count, shards, future = queue.popleft()
             started = time.perf_counter()
             collected.append(future.result())
             self.waited += time.perf_counter() - started
+            self._shards.drop(shards)
             if len(collected) == count:
                 yield step, collected
                 collected = []
 
-    def _packs(self, first: int) -> Iterator[tuple[int, int, int | None]]:
+    def _packs(self, first: int) -> Iterator[tuple[int, int, list[Item]]]:
+        """(step, micro-batches of this rank in it, items); a rank with fewer packs has some without items."""
         for step in range(first, self.plan.steps):
             mine = self.plan.deal(step, self.world)[self.rank]
             for number in mine:
-                yield step, len(mine), number
+                yield step, len(mine), [] if number is None else self.plan.items_of(number)
 
-    def micro(self, number: int | None) -> Micro:
-        """Build one micro-batch; ``None`` is a pack without samples, for ranks that have fewer."""
+    def micro(self, pack: int) -> Micro:
+        """One pack of the plan, built here and now."""
+        items = self.plan.items_of(pack)
+        self._shards.hold(_shards_of(items))
+        made = self._micro(items)
+        self._shards.drop(_shards_of(items))
+        return made
+
+    def _micro(self, items: list[Item]) -> Micro:
         segments, tiles, keys, images, tokens = [], [], [], 0, 0
-        for item in self._items(number):
-            opened = self._opened(item.shard).result()
+        for item in items:
+            opened = self._shards.get(item.shard)
             key = opened.keys[item.row]
-            sample = opened.reader.read(key)
-            made: list[np.ndarray] = []
-            for part in self.encoder(item, sample, opened.rows and opened.rows[key]):
-                made = made or self._tiles(sample, part.tiles, item.max_tiles, opened.reader.uri)
-                segments.append((part.ids, self.positions(part.ids), masked_labels(part.ids, part.target)))
-                tiles += made
-                images += len(made)
-                tokens += len(part.ids)
+            with _named(key, opened.reader.uri):
+                sample = opened.reader.read(key)
+                made: list[np.ndarray] = []
+                for part in self.encoder(item, sample, opened.rows and opened.rows[key]):
+                    made = made or self._tiles(sample, part.tiles, item.max_tiles)
+                    segments.append((part.ids, self.positions(part.ids), masked_labels(part.ids, part.target)))
+                    tiles += made
+                    images += len(made)
+                    tokens += len(part.ids)
             keys.append(key)
         if not tiles:
             ids = self.dummy
             segments.append((ids, self.positions(ids), np.full(len(ids), IGNORED, dtype=np.int64)))
             tiles.append(np.zeros((1, self.side, self.side, 3), dtype=np.uint8))
-        return Micro(pack(segments, tiles), keys, tokens, images)
+        return Micro(pinned(pack(segments, tiles)), keys, tokens, images)
 
-    def _tiles(self, sample: Sample, expected: list[int], max_tiles: int, uri: str) -> list[np.ndarray]:
+    def _tiles(self, sample: Sample, expected: list[int], max_tiles: int) -> list[np.ndarray]:
         """Tiles of the first images of a sample; as many of each as are expected."""
         from vlmflow.vision.image import decode
 
@@ -146,35 +224,28 @@ class Loader:
             found = self.tile(decode(data), max_tiles)
             if len(found) != count:
                 raise DataError(
-                    f"sample {sample.key} of {uri}: image {number} gives {len(found)} tiles but {count} were expected from its "
-                    "recorded width and height; the image was changed after it was described. Pull the shard again."
+                    f"image {number} gives {len(found)} tiles but {count} were expected from its recorded width and height; the "
+                    "image was changed after it was described. Pull the shard again."
                 )
             made.append(found)
         return made
 
-    def _fetch(self, number: int | None) -> None:
-        """Begin to bring the shards of a pack to local disk."""
-        for shard in {item.shard for item in self._items(number)}:
-            self._opened(shard)
-
-    def _items(self, number: int | None) -> list[Item]:
-        return [] if number is None else self.plan.items_of(number)
-
-    def _opened(self, shard: int) -> Future[_Opened]:
-        def read() -> _Opened:
-            entry = self.plan.shards[shard]
-            reader = ShardReader(entry.shard, self.scratch)
-            return _Opened(reader, reader.keys(), None if entry.text is None else read_part(entry.text, self.scratch))
-
-        with self._lock:
-            if shard not in self._readers:
-                self._readers[shard] = self.fetchers.submit(read)
-                if len(self._readers) > OPEN_SHARDS:
-                    self._readers.popitem(last=False)
-            self._readers.move_to_end(shard)
-            return self._readers[shard]
-
     def close(self) -> None:
-        """Stop the threads; pending work is dropped."""
-        self.pool.shutdown(wait=False, cancel_futures=True)
-        self.fetchers.shutdown(wait=False, cancel_futures=True)
+        """Stop the threads; pending work is dropped. Returns at once."""
+        self._builders.close()
+        self._shards.close()
+
+
+def _shards_of(items: list[Item]) -> set[int]:
+    return {item.shard for item in items}
+
+
+@contextmanager
+def _named(key: str, uri: str) -> Iterator[None]:
+    """Errors inside name the sample and its shard."""
+    try:
+        yield
+    except VlmflowError as error:
+        raise type(error)(f"sample {key} of {uri}: {error}") from error
+    except Exception as error:
+        raise DataError(f"sample {key} of {uri} cannot be prepared: {type(error).__name__}: {error}") from error
