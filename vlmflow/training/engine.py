@@ -13,8 +13,10 @@ Three decisions, each against a measured trap:
 
 from __future__ import annotations
 
+import math
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -44,10 +46,24 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-class ClippedAdamW(torch.optim.AdamW):
+class HeldAdamW(torch.optim.AdamW):
+    """AdamW that can sit out a step.
+
+    Whatever wraps it reduces, measures and clears gradients as ever, under every ZeRO stage; while ``held`` is set the
+    weights, the moments and the count of steps stay as they were.
+    """
+
+    held = False
+
+    def step(self, closure: Any = None) -> Any:
+        return None if self.held else super().step(closure)
+
+
+class ClippedAdamW(HeldAdamW):
     """AdamW that clips by global norm first and remembers it, for the engine without ZeRO.
 
-    DeepSpeed clips there too but forgets the norm; ZeRO's own optimizer keeps it.
+    DeepSpeed clips there too but forgets the norm; ZeRO's own optimizer keeps it, and does not step by a gradient that
+    is not finite.
     """
 
     _global_grad_norm = 0.0
@@ -60,7 +76,7 @@ class ClippedAdamW(torch.optim.AdamW):
     def step(self, closure: Any = None) -> Any:
         parameters = [p for g in self.param_groups for p in g["params"]]
         self._global_grad_norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")))
-        return super().step(closure)
+        return super().step(closure) if math.isfinite(self._global_grad_norm) else None
 
 
 def zero_stage(zero: int, dtype: str) -> int:
@@ -95,7 +111,7 @@ def make_engine(model: Any, groups: list[dict[str, Any]], optimizer: dict[str, A
     if stage == 0:
         client: Any = ClippedAdamW(groups, clip, fused=True, **options)
     else:
-        client = torch.optim.AdamW(groups, fused=True, **options)
+        client = HeldAdamW(groups, fused=True, **options)
     engine, *_ = deepspeed.initialize(model=model, optimizer=client, config=config, dist_init_required=False)
     _allocate_moments(engine)
     if stage == 0 and torch.distributed.get_world_size() == 1:
@@ -163,6 +179,19 @@ def set_rates(engine: Any, multiplier: float) -> list[float]:
     return rates
 
 
+def step(engine: Any, held: bool = False) -> float:
+    """End the step: reduce the gradients and let the optimizer move, unless ``held`` or the gradient is not finite.
+
+    Collective. Returns the global gradient norm before clipping, inf or nan when it is not finite; whatever it is, the
+    gradients are cleared.
+    """
+    base = _base(engine)
+    base.held = held
+    engine.step()
+    base.held = False
+    return float(engine.get_global_grad_norm() or 0.0)
+
+
 def capture(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(fp32 weights, AdamW moments ``NAME.exp_avg``...) of all trainable parameters, whole, on the CPU.
 
@@ -175,17 +204,22 @@ def capture(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     state = _base(engine).state
     for name, parameter in trainable(engine).items():
         if plain:
-            weights[name] = parameter.detach().float().cpu().clone()
+            weights[name] = _copied(parameter)
             values = {m: state[parameter][m] for m in MOMENTS}
         else:
-            weights[name] = safe_get_full_fp32_param(parameter).cpu()
+            weights[name] = _copied(safe_get_full_fp32_param(parameter))
             values = {m: safe_get_full_optimizer_state(parameter, m) for m in MOMENTS}
-        moments.update({f"{name}.{m}": v.detach().float().cpu().contiguous() for m, v in values.items()})
+        moments.update({f"{name}.{m}": _copied(v) for m, v in values.items()})
     return weights, moments
 
 
-def restore(engine: Any, weights: dict[str, torch.Tensor], moments: dict[str, torch.Tensor], step: int) -> None:
-    """Put captured state back, into any partitioning. ``step`` = optimizer steps done.
+def _copied(tensor: torch.Tensor) -> torch.Tensor:
+    """Never the tensor's own memory: it is written to disk while training changes the tensor."""
+    return tensor.detach().to("cpu", torch.float32, copy=True).contiguous()
+
+
+def restore(engine: Any, weights: Mapping[str, torch.Tensor], moments: Mapping[str, torch.Tensor], step: int) -> None:
+    """Put captured state back, into any partitioning. ``step`` = steps that the optimizer took.
 
     Raises:
         CheckpointError: other parameters than this stage trains.
