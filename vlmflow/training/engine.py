@@ -102,6 +102,7 @@ def make_engine(model: Any, groups: list[dict[str, Any]], optimizer: dict[str, A
         "managed_gradient_accumulation": False,
         "gradient_allreduce_op": "sum",
         "torch_adam": True,
+        "zero_allow_untested_optimizer": True,  # it compares types, and ours is a subclass of torch's AdamW
         "steps_per_print": None,
         "gradient_clipping": 0.0 if stage == 0 else clip,
         "zero_optimization": {"stage": stage, "overlap_comm": False},
