@@ -60,7 +60,7 @@ class Health:
         return "" if math.isfinite(norm) else f"the gradient norm is {norm}"
 
     def unhealthy(
-        self, step: int, problem: str, loss: float, norm: float, losses: torch.Tensor, keys: list[str], rank: int
+        self, step: int, problem: str, loss: float, norm: float, losses: torch.Tensor, keys: list[str]
     ) -> dict[str, Any]:
         """Count a step that is not healthy; collective.
 

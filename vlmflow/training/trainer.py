@@ -210,7 +210,7 @@ class Trainer:
         trouble: dict[str, Any] = {}
         if problem:
             keys = [key for micro in micros for key in micro.keys]
-            trouble = self.health.unhealthy(step, problem, loss, norm, everyone[:, 0], keys, self.rank)
+            trouble = self.health.unhealthy(step, problem, loss, norm, everyone[:, 0], keys)
             if self.rank == 0:
                 emit(event="note", text=trouble["skipped"])
         else:
