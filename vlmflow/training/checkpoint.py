@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,7 +147,7 @@ def write(base: str, snapshot: Snapshot, work: Path) -> str:
         StorageError: the store or the disk failed; what lies there has no marker, and writing again starts anew.
     """
     uri = folder_of(base, snapshot.step)
-    storage.delete(storage.join(uri, MARKER))  # a damaged checkpoint of this step may lie there
+    _remove(base, snapshot.step, {MARKER})  # a damaged or partial checkpoint of this step may lie there
     work.mkdir(parents=True, exist_ok=True)
     files = {}
     for name, tensors in ((WEIGHTS, snapshot.weights), (MOMENTS, snapshot.moments)):
@@ -193,18 +194,24 @@ def write_tensors(tensors: dict[str, Any], path: Path) -> dict[str, Any]:
 
 
 def _steps(base: str) -> dict[int, set[str]]:
-    """step -> names of files that are there."""
+    """step -> names of files that are there; none when a write was cut before its first file had its name."""
     found: dict[int, set[str]] = {}
-    prefix = re.compile(r"/step-(\d{8,})/([^/]+)$")
     for item in storage.list_uris(base):
-        if match := prefix.search(item.uri):
+        if match := re.search(r"/step-(\d{8,})/([^/]+)$", item.uri):
             found.setdefault(int(match.group(1)), set()).add(match.group(2))
+    if here := storage.local_path(base):
+        for folder in here.glob("step-*"):
+            if match := re.fullmatch(r"step-(\d{8,})", folder.name):
+                found.setdefault(int(match.group(1)), set())
     return found
 
 
 def _remove(base: str, step: int, names: set[str]) -> None:
+    uri = folder_of(base, step)
     for name in sorted(names, key=lambda n: n != MARKER):  # the marker first: what is half deleted is absent
-        storage.delete(storage.join(folder_of(base, step), name))
+        storage.delete(storage.join(uri, name))
+    if here := storage.local_path(uri):  # what a killed write left under no name takes up space
+        shutil.rmtree(here, ignore_errors=True)
 
 
 def prune(base: str, written: int, keep: int, keep_every: int | None = None) -> None:
