@@ -12,7 +12,6 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlmflow.errors import StepFailed
 from vlmflow.training.job import Job, emit
 
 if TYPE_CHECKING:
