@@ -144,14 +144,13 @@ def test_checkpoint(tmp_path):
 
     def save(step: int) -> str:
         tensors = {"w": torch.full((4,), float(step))}
-        return checkpoint.save(
-            base, step, tensors, tensors, {"plan": "p", "world": 1}, f"log {step}", work / "saving", 1
-        )
+        snapshot = checkpoint.Snapshot(step, tensors, tensors, {"plan": "p", "world": 1}, f"log {step}")
+        return checkpoint.save(base, snapshot, work / "saving", 1)
 
     save(3)
 
     def newest() -> int:
-        found, _ = checkpoint.newest(base, "p", work / "resume")
+        found, _ = checkpoint.newest(base, work / "resume")
         assert found is not None
         return found.step
 

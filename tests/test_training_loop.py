@@ -166,9 +166,8 @@ def test_checkpoint_of_another_plan_is_refused(place: Any) -> None:
 
     job = make_job(place, "whole", packs=1)
     base = storage.join(str(place.root / "elsewhere"), "c")
-    checkpoint.save(
-        base, 3, {"a": torch.zeros(2)}, {"a.exp_avg": torch.zeros(2)}, {"plan": "x"}, "", place.root / "w", 2
-    )
+    snapshot = checkpoint.Snapshot(3, {"a": torch.zeros(2)}, {"a.exp_avg": torch.zeros(2)}, {"plan": "x"}, "")
+    checkpoint.write(base, snapshot, place.root / "w")
     with pytest.raises(CheckpointError, match="another position in the data"):
         trainer(job.model_copy(update={"checkpoints": base})).run()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import queue
 import threading
@@ -43,6 +44,7 @@ class TrainLog:
 
     def step(self, step: int, record: dict[str, Any]) -> None:
         """One step's numbers; nested dicts (rates by group) are flattened for MLflow with a slash."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.file.write(json.dumps({"step": step, **record}) + "\n")
         if self.tracker is not None:
             self.tracker.metrics(step, record)
@@ -148,7 +150,7 @@ class Tracker:
                     points += [{"key": k, "value": v, "timestamp": stamp, "step": step} for k, v in flat.items()]
             if points and self.run_id:
                 self._send(points)
-        if self._owns and self.run_id and not self.problem:
+        if self._owns and self.run_id:  # a run with a gap is still over
             body = {"run_id": self.run_id, "status": self._status, "end_time": int(time.time() * 1000)}
             try:
                 self._call("POST", "runs/update", body)
@@ -161,6 +163,8 @@ class Tracker:
             tags = [{"key": "mlflow.runName", "value": self.name}]
             body = {"experiment_id": found, "start_time": int(time.time() * 1000), "tags": tags}
             self.run_id = self._call("POST", "runs/create", body)["run"]["info"]["run_id"]
+        elif self._owns:
+            self._call("POST", "runs/update", {"run_id": self.run_id, "status": "RUNNING"})
         tags = [{"key": k, "value": v} for k, v in self.tags.items()]
         params = [{"key": f"{self.prefix}{k}", "value": v[:5900]} for k, v in self.params.items()]
         self._call("POST", "runs/log-batch", {"run_id": self.run_id, "tags": tags, "params": params})

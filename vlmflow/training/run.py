@@ -136,8 +136,13 @@ def _job(
             "experiment": ctx.recipe.registry.experiment,
             "name": f"{ctx.recipe.name}-{label}",
             "prefix": f"{label}/",
-            "tags": {f"vlmflow.train_digest.{label}": key, "vlmflow.run_id": ctx.run_id},
-            "params": {"stage": json.dumps(stage.model_dump(mode="json"))},
+            "tags": {
+                f"vlmflow.train_digest.{label}": key,
+                "vlmflow.run_id": ctx.run_id,
+                f"vlmflow.execution.{label}": json.dumps(stage.model_dump(mode="json", include=EXECUTION)),
+            },
+            # MLflow refuses a param that changes, and these may when the training is continued: they are tags
+            "params": {"stage": json.dumps(stage.model_dump(mode="json", exclude=EXECUTION))},
         },
     )
     job.work.mkdir(parents=True, exist_ok=True)

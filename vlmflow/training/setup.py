@@ -34,7 +34,7 @@ def prepare(job: Job, device: Any) -> Setup:
     """Load the initial model, apply the stage's rules and wrap it in the engine.
 
     Raises:
-        ModelError: the folder is not a complete model.
+        ModelError: the folder is not a complete model, or a weight in it is not finite.
         RecipeError: a rule that matches nothing.
     """
     import torch
@@ -42,11 +42,14 @@ def prepare(job: Job, device: Any) -> Setup:
     from vlmflow import models
     from vlmflow.training import engine as ds
     from vlmflow.training.engine_state import numel
+    from vlmflow.training.health import check_weights
     from vlmflow.training.optimizer import Rule, make_table, parameter_groups
 
     stage = job.stage
     family = models.family(job.family)
-    model, tokenizer = ds.load_model(job.model_folder(), stage.zero, stage.dtype)
+    folder = job.model_folder()
+    model, tokenizer = ds.load_model(folder, stage.zero, stage.dtype)
+    check_weights(model, str(folder))
     rules = [Rule(r.modules, r.lr, r.last, r.weight_decay, r.layer_decay) for r in stage.train]
     sizes = {name: numel(p) for name, p in model.named_parameters()}
     table = make_table(sizes, rules, family.roles, family.unused, family.layers)

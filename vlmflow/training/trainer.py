@@ -7,16 +7,15 @@ tokens divided by their number over all ranks and micro-batches, known from the 
 from __future__ import annotations
 
 import gc
-import math
 import shutil
 import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from vlmflow.errors import StepFailed
 from vlmflow.training.job import Job, emit
 
 if TYPE_CHECKING:
+    from vlmflow.training.checkpoint_writer import Writer
     from vlmflow.training.loader import Loader, Micro
     from vlmflow.training.plan import Plan
     from vlmflow.training.reference import Reference
@@ -30,13 +29,17 @@ class Preempted(Exception):
 
 
 class StepResult(NamedTuple):
-    """What a step gave, over all ranks: loss per weight, gradient norm, images, whether a rank was told to stop."""
+    """What a step gave, over all ranks: loss per weight, gradient norm, images, whether a rank was told to stop.
+
+    ``trouble`` is empty, or says why the step was skipped and which samples it had.
+    """
 
     loss: float
     norm: float
     images: int
     stop: bool
     metrics: dict[str, float]
+    trouble: dict[str, Any]
 
 
 class Trainer:
@@ -54,6 +57,8 @@ class Trainer:
 
         from vlmflow.training import engine as ds
         from vlmflow.training import setup
+        from vlmflow.training.checkpoint_writer import grace
+        from vlmflow.training.health import Health
         from vlmflow.training.objective import OBJECTIVES
 
         self.job, self.stage, self.rank, self.world = job, job.stage, rank, world
@@ -65,6 +70,9 @@ class Trainer:
         self.engine, self.group_labels = made.engine, made.labels
         self.objective = OBJECTIVES[job.stage.objective.kind]
         self.reference: Reference | None = None
+        self.health = Health(job.stage.health)
+        self.writer: Writer | None = None
+        self.grace, self.saving = grace(), 0.0  # seconds: for a checkpoint after SIGTERM; the last save held the loop
         if rank == 0:
             emit(event="table", text=made.table.as_text(), table=made.table.as_json())
         self._prepare()
@@ -95,7 +103,8 @@ class Trainer:
 
         Raises:
             Preempted: SIGTERM; a checkpoint was written.
-            StepFailed: the loss or the gradient is not finite (names the samples).
+            StepFailed: a step is not healthy and the recipe says stop (names the samples).
+            StorageError: no checkpoint can be written, and there is none to fall back to.
         """
         from vlmflow.training import engine as ds
         from vlmflow.training.optimizer import named_rates, rate
@@ -116,6 +125,8 @@ class Trainer:
             for step, micros in loader.steps(first):
                 rates = ds.set_rates(self.engine, rate(step, steps, schedule.name, schedule.warmup, schedule.final))
                 result = self._step(step, micros)
+                if self.writer is not None:
+                    self.writer.poll()
                 now = time.perf_counter()
                 if self.rank == 0:
                     record = step_record(
@@ -130,6 +141,7 @@ class Trainer:
                         self.device,
                         result.metrics,
                     )
+                    record |= {"checkpoint_wait": round(self.saving / (now - started), 4), **result.trouble}
                     log.step(step, record)
                     if now - shown > REPORT_EVERY or step + 1 == steps:
                         shown = now
@@ -139,17 +151,20 @@ class Trainer:
                             loss=record["loss"],
                             tokens_per_second=record["tokens_per_second"],
                         )
-                started, loader.waited = now, 0.0
+                started, loader.waited, self.saving = now, 0.0, 0.0
                 done = step + 1
                 if done < steps and (result.stop or done % self.stage.checkpoint.every == 0):
                     self._save(done, log)
+                    self.saving = time.perf_counter() - now
                 if result.stop and done < steps:
+                    self._stopped(now)
                     status = "KILLED"
                     raise Preempted
             self._finish()
             status = "FINISHED"
         finally:
             loader.close()
+            self._end_writer()
             if log is not None:
                 log.close(status)
                 if log.tracker is not None and log.tracker.problem:
@@ -198,9 +213,9 @@ class Trainer:
     def _step(self, step: int, micros: list[Any]) -> StepResult:
         """One optimizer step: backward over its micro-batches, then the update."""
         import torch
-        import torch.distributed as dist
 
         from vlmflow.training import engine as ds
+        from vlmflow.training.collective import gather
 
         torch.manual_seed((self.job.seed * 1_000_003 + step) * 4096 + self.rank)
         weight = max(1, self.objective.weight(self.plan, step))
@@ -217,45 +232,34 @@ class Trainer:
                 torch.tensor(self.stop.is_set(), dtype=torch.float64, device=self.device),
             ]
         )
-        mine = float(sums["loss"])
-        if self.world > 1:
-            dist.all_reduce(told)
-        *totals, images, stop = told.tolist()
-        loss, *metrics = [total / weight for total in totals]
-        if not math.isfinite(loss):
-            raise StepFailed(self._not_finite(step, f"the loss is {loss}", micros, mine))
-        norm = ds.step(self.engine)
-        if not math.isfinite(norm):
-            raise StepFailed(self._not_finite(step, f"the gradient norm is {norm}", micros, mine))
-        return StepResult(loss, norm, int(images), stop > 0, dict(zip(list(sums)[1:], metrics, strict=True)))
-
-    def _not_finite(self, step: int, what: str, micros: list[Any], mine: float) -> str:
-        keys = [key for micro in micros for key in micro.keys]
-        where = (
-            "its samples are"
-            if not math.isfinite(mine) or self.world == 1
-            else "another rank's samples caused it; here were"
-        )
-        return (
-            f"step {step}: {what}; training stopped before anything of this step was saved. On rank {self.rank} {where} {keys}. Look at "
-            "these samples, lower the learning rate or lengthen the warm-up; the last checkpoint is untouched."
-        )
+        everyone = gather(told, self.world)
+        *totals, images, stop = everyone.sum(0).tolist()
+        loss, *further = [total / weight for total in totals]
+        problem = self.health.of_loss(loss)
+        norm = ds.step(self.engine, held=bool(problem))
+        problem = problem or self.health.of_norm(norm)
+        trouble: dict[str, Any] = {}
+        if problem:
+            keys = [key for micro in micros for key in micro.keys]
+            trouble = self.health.unhealthy(step, problem, loss, norm, everyone[:, 0], keys)
+            if self.rank == 0:
+                emit(event="note", text=trouble["skipped"])
+        else:
+            self.health.healthy(loss)
+        metrics = dict(zip(list(sums)[1:], further, strict=True))
+        return StepResult(loss, norm, int(images), stop > 0, metrics, trouble)
 
     def _resume(self) -> tuple[int, Any]:
         """(first step, log or None): state of the newest complete checkpoint is put back on every rank."""
-        from vlmflow.training import checkpoint
-        from vlmflow.training import engine as ds
+        from vlmflow.training.checkpoint_writer import Writer
+        from vlmflow.training.health import Health
         from vlmflow.training.log import TrainLog, steps_before, tracker_from_environment
+        from vlmflow.training.resume import resume
 
-        job = self.job
-        plan = self.plan.digest()
-        copy = job.work / f"resume-{self.rank}"
-        found, ignored = checkpoint.newest(job.checkpoints, plan, copy)
-        first, earlier = 0, ""
-        if found is not None:
-            ds.restore(self.engine, *found.tensors(), found.step)
-            first, earlier = found.step, steps_before(found.log, found.step)
-        shutil.rmtree(copy, ignore_errors=True)
+        job, policy = self.job, self.stage.checkpoint
+        found, ignored = resume(job, self.engine, self.plan.digest(), self.rank, self.world, self.device)
+        self.health = Health(self.stage.health, found.state.get("health") if found else None)
+        first, earlier = (found.step, steps_before(found.log, found.step)) if found else (0, "")
         if self.rank:
             return first, None
         for text in ignored:
@@ -265,6 +269,10 @@ class Trainer:
                 event="note",
                 text=f"resumed at step {first} of {self.plan.steps} (written by {found.state['world']} processes)",
             )
+        work = job.work / "saving"
+        self.writer = Writer(
+            job.checkpoints, work, policy.keep, policy.keep_every, policy.background, first if found else None, emit
+        )
         tracker, problem = None, ""
         if job.tracking:
             tracker, problem = tracker_from_environment(
@@ -275,19 +283,60 @@ class Trainer:
         return first, TrainLog(job.log, earlier, tracker)
 
     def _save(self, done: int, log: Any) -> None:
-        from vlmflow.training import checkpoint
+        """Capture the state on all ranks and hand it to the writer, once it has finished the checkpoint before."""
         from vlmflow.training import engine as ds
+        from vlmflow.training.checkpoint import Snapshot
+        from vlmflow.training.collective import from_first
 
+        ready = self.writer is None or self.writer.ready()
+        if not from_first(ready, self.world, self.device):
+            if self.rank == 0:
+                emit(
+                    event="note",
+                    text=f"no checkpoint at step {done}: the one before is still being written. Training goes on; lengthen "
+                    "checkpoint.every or look at the store.",
+                )
+            return
         weights, moments = ds.capture(self.engine)
-        if self.rank == 0:
-            state = {"plan": self.plan.digest(), "world": self.world, "seed": self.job.seed, "key": self.job.key}
+        if self.writer is not None:
+            state = {
+                "plan": self.plan.digest(),
+                "family": self.job.family,
+                "world": self.world,
+                "seed": self.job.seed,
+                "key": self.job.key,
+                "health": self.health.state(),
+            }
             if log.tracker is not None and log.tracker.run_id:
                 state["mlflow_run"] = log.tracker.run_id
-            work = self.job.work / "saving"
-            checkpoint.save(
-                self.job.checkpoints, done, weights, moments, state, log.text(), work, self.stage.checkpoint.keep
-            )
-            emit(event="checkpoint", step=done)
+            self.writer.write(Snapshot(done, weights, moments, state, log.text()))
+
+    def _stopped(self, since: float) -> None:
+        """After SIGTERM: no rank leaves before the checkpoint is written, or the time for it is over."""
+        from vlmflow.errors import StorageError
+        from vlmflow.training.collective import everyone
+
+        failed: StorageError | None = None
+        if self.writer is not None:
+            try:
+                self.writer.close(max(0.0, self.grace - (time.perf_counter() - since)))
+                if self.writer.complete is None:
+                    failed = StorageError("stopped before a checkpoint was complete: nothing of this training is saved")
+            except StorageError as error:
+                failed = error
+        everyone(failed is None, self.world, self.device)
+        if failed is not None:
+            raise failed
+
+    def _end_writer(self) -> None:
+        """Let a write in flight finish, however training ended; its failure does not hide how that was."""
+        from vlmflow.errors import StorageError
+
+        if self.writer is not None:
+            try:
+                self.writer.close(self.grace)
+            except StorageError as error:
+                emit(event="note", text=f"the last checkpoint was not written: {error}")
 
     def _finish(self) -> None:
         """Rank 0 writes the model folder: weights and config of the trained model, the rest as it was."""
