@@ -101,7 +101,7 @@ def _take(api: Api, clock: Clock, job: dict[str, Any], request: LaunchRequest, w
                     f"TrainJob {namespace}/{name} is being deleted since {duration(waited)}, {duration(api.patience)} were "
                     "waited for: a finalizer or a pod holds it. Look at it with kubectl, then run the same command again."
                 )
-            clock.pause(POLL_GONE)
+            clock.pause(min(15.0, POLL_GONE + waited / 10))
         elif condition(found, "Failed") or (condition(found, "Complete") and not storage.exists(request.model)):
             how = "Failed" if condition(found, "Failed") else "Complete, its model is gone"
             wait.note(f"an earlier TrainJob {name} ({how}) is deleted; a new one goes on from the newest checkpoint")

@@ -129,4 +129,4 @@ def _pod(image: str, user: int) -> dict[str, Any]:
 if __name__ == "__main__":
     import yaml
 
-    yaml.safe_dump(training_runtime(*sys.argv[1:2]), sys.stdout, sort_keys=False)
+    yaml.safe_dump(training_runtime(sys.argv[1]), sys.stdout, sort_keys=False)

@@ -107,7 +107,7 @@ def _rules(obj: dict[str, Any]) -> list[str]:
 
 def _patched_containers(patch: dict[str, Any]) -> list[dict[str, Any]]:
     template = ((patch.get("trainingRuntimeSpec") or {}).get("template") or {}).get("spec") or {}
-    found = []
+    found: list[dict[str, Any]] = []
     for job in template.get("replicatedJobs") or []:
         pod = (((job.get("template") or {}).get("spec") or {}).get("template") or {}).get("spec") or {}
         found += pod.get("containers") or []

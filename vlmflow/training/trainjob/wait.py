@@ -17,7 +17,7 @@ from vlmflow.training.trainjob import pods as podlib
 from vlmflow.training.trainjob.client import Api, Refused, Stopped
 from vlmflow.training.trainjob.clock import Clock
 from vlmflow.training.trainjob.log import LogCursor
-from vlmflow.training.trainjob.spec import GROUP, KEY_LABEL, NODE, PLURAL, QUEUE_LABEL, VERSION
+from vlmflow.training.trainjob.spec import GROUP, NODE, PLURAL, QUEUE_LABEL, VERSION
 
 POLL_RUNNING, POLL_QUEUED = 5.0, 20.0  # seconds
 REMIND = (60.0, 300.0, 900.0, 1800.0, 3600.0)  # seconds in the queue after which a person is told; then every hour
