@@ -194,7 +194,7 @@ def test_the_next_attempt_waits_until_the_pods_of_the_last_are_gone(scene: Scene
 
 def test_a_deletion_that_never_ends_is_an_error(scene: Scene) -> None:
     scene.existing(metadata={"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["stuck"]})
-    with pytest.raises(ServiceError, match="is being deleted since 60 min.*a finalizer or a pod holds it"):
+    with pytest.raises(ServiceError, match=r"is being deleted since 60 min.*a finalizer or a pod holds it"):
         scene.launch()
 
 
@@ -249,7 +249,7 @@ def test_rotated_credentials_are_read_anew_and_wrong_ones_named(scene: Scene) ->
     launch(scene.request, scene.events.append, CONFIG, scene.clock, lambda: clients.append(1) or connect())
     assert len(clients) == 3
     scene.cluster.fail(10**6, 401)
-    with pytest.raises(ServiceError, match="does not know us .*401, 5 times"):
+    with pytest.raises(ServiceError, match=r"does not know us .*401, 5 times"):
         scene.launch()
 
 
@@ -355,7 +355,9 @@ def test_the_deadline_names_the_setting(scene: Scene) -> None:
 
 def test_deleted_by_somebody_else(scene: Scene) -> None:
     scene.at(30, lambda: scene.cluster.vanish(TRAINJOBS, scene.name))
-    with pytest.raises(StepFailed, match="was deleted while it was waited for .it is gone.*run the same command again"):
+    with pytest.raises(
+        StepFailed, match=r"was deleted while it was waited for .it is gone.*run the same command again"
+    ):
         scene.launch()
 
 

@@ -9,6 +9,9 @@ from vlmflow import errors, storage
 from vlmflow.errors import StepFailed, VlmflowError
 
 
+DIED = "RankDied"  # class of the error of a rank that ended without a word
+
+
 def _folder(folder: str) -> str:
     return storage.join(folder, "errors")
 
@@ -29,9 +32,10 @@ def clear(folder: str, who: str | None = None) -> None:
 
 
 def read(folder: str) -> list[VlmflowError]:
-    """The errors of this attempt, the first one first: later ones are often its consequences."""
+    """The errors of this attempt: what ranks reported before what ended them unsaid, the first one first. Later ones are
+    often consequences."""
     records = [storage.read_json(item.uri) for item in storage.list_uris(_folder(folder))]
-    return [restore(record) for record in sorted(records, key=lambda record: record["time"])]
+    return [restore(record) for record in sorted(records, key=lambda r: (r["kind"] == DIED, r["time"]))]
 
 
 def restore(record: dict[str, Any]) -> VlmflowError:

@@ -23,6 +23,7 @@ MANAGER = "vlmflow.io/launcher"  # owner of our runtimePatches; Kueue writes oth
 NODE = "node"  # name of the replicated job and of its container in every torch runtime
 KEY_LABEL, RUN_LABEL, MANAGED_LABEL = "vlmflow.io/train-key", "vlmflow.io/run", "app.kubernetes.io/managed-by"
 QUEUE_LABEL, PRIORITY_LABEL = "kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class"
+KILLED_AFTER = 15  # a checkpoint's time ends these seconds before the pod's
 MOUNTS = {"shm": "/dev/shm", "scratch": "/scratch", "tmp": "/tmp"}
 CACHES = {  # the root file system is read-only
     "VLMFLOW_SCRATCH": "/scratch",
@@ -102,6 +103,7 @@ def _environment(request: LaunchRequest, config: TrainJobConfig) -> list[dict[st
         env[name] = {"secretKeyRef": {"name": settings.STORE_SECRET, "key": key, "optional": True}}
     entries: dict[str, dict[str, Any]] = {name: {"name": name, "valueFrom": source} for name, source in env.items()}
     plain = {**CACHES, "PYTHONUNBUFFERED": "1", "VLMFLOW_RUN_ID": request.run_id}
+    plain["VLMFLOW_TRAIN_GRACE"] = str(config.grace_seconds - KILLED_AFTER)
     plain |= {name: os.environ[name] for name in FORWARDED if os.environ.get(name)}
     entries |= {name: {"name": name, "value": value} for name, value in plain.items()}
     entries |= {entry["name"]: entry for entry in config.env}
