@@ -8,7 +8,6 @@ from typing import Any
 from vlmflow import errors, storage
 from vlmflow.errors import StepFailed, VlmflowError
 
-
 DIED = "RankDied"  # class of the error of a rank that ended without a word
 
 

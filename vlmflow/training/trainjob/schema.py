@@ -62,8 +62,8 @@ def check(obj: dict[str, Any]) -> None:
         raise ServiceError(f"'{kind}' is not one of {list(MODELS)}")
     from jsonschema import Draft202012Validator
 
-    found = sorted(Draft202012Validator(closed_schema(kind)).iter_errors(obj), key=lambda e: list(e.absolute_path))
-    problems = [f"{'.'.join(map(str, error.absolute_path)) or '(top)'}: {_short(error)}" for error in found]
+    found = map(_deepest, Draft202012Validator(closed_schema(kind)).iter_errors(obj))
+    problems = [f"{'.'.join(map(str, error.absolute_path)) or '(top)'}: {error.message[:300]}" for error in found]
     problems += _rules(obj)
     if problems:
         listed = "".join(f"\n  - {problem}" for problem in problems)
@@ -71,11 +71,11 @@ def check(obj: dict[str, Any]) -> None:
         raise ServiceError(f"{kind} '{name}' does not fit {API_VERSION}; it was not sent:{listed}")
 
 
-def _short(error: Any) -> str:
+def _deepest(error: Any) -> Any:
     """The most telling part of a failed anyOf (optional fields are `anyOf: [X, null]`)."""
     while error.context:
         error = max(error.context, key=lambda e: (len(e.absolute_path), e.validator == "additionalProperties"))
-    return error.message[:300]
+    return error
 
 
 def _rules(obj: dict[str, Any]) -> list[str]:
