@@ -26,6 +26,7 @@ REQUEST = LaunchRequest(
     processes=16,
     threads=4,
     run_id="4f1e7a3c-run",
+    scratch=Path("/scratch"),
 )
 POOL = Pool(
     gpus=8,

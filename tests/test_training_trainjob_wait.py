@@ -48,6 +48,7 @@ class Scene:
             processes=16,
             threads=4,
             run_id="run-1",
+            scratch=root / "scratch",
         )
         self.name = spec.name_of(self.request)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from vlmflow import storage
@@ -31,6 +32,7 @@ class LaunchRequest:
         processes: ranks over all nodes.
         threads: CPU threads of one rank.
         run_id: who asks, for labels; decides nothing.
+        scratch: local disk of this machine, for ranks that run here.
     """
 
     folder: str
@@ -41,6 +43,7 @@ class LaunchRequest:
     processes: int
     threads: int
     run_id: str
+    scratch: Path
 
     @property
     def job(self) -> str:
@@ -51,7 +54,8 @@ class LaunchRequest:
 def _local(request: LaunchRequest, on_event: OnEvent) -> None:
     from vlmflow.training.launch import launch
 
-    launch([request.job], request.processes, request.threads, on_event)
+    environment = {"VLMFLOW_SCRATCH": str(request.scratch.resolve())}
+    launch([request.job], request.processes, request.threads, on_event, environment=environment)
 
 
 def _trainjob(request: LaunchRequest, on_event: OnEvent) -> None:
