@@ -16,7 +16,7 @@ import training_world as world
 from vlmflow import storage
 from vlmflow.errors import StepFailed
 from vlmflow.models.store import ModelRef, find
-from vlmflow.training import checkpoint, launch
+from vlmflow.training import checkpoint, launch, launchers
 from vlmflow.training import run as training
 from vlmflow.training.job import Job
 
@@ -199,20 +199,20 @@ def test_sigterm_then_the_step_again_publishes_the_same_model(place: Any, monkey
     ctx = world.context(place.root / "published", world.recipe())
     told = []
 
-    def interrupted(jobs: list[Path], ranks: int, threads: int, on_event: Any) -> None:
+    def interrupted(request: launchers.LaunchRequest, on_event: Any) -> None:
         def event(e: dict[str, Any]) -> None:
             on_event(e)
             if e["event"] == "plan":
                 told.append(e)
                 os.kill(os.getpid(), signal.SIGTERM)
 
-        launch.launch(jobs, ranks, threads, event)
+        launchers.launch(request, event)
 
     monkeypatch.setattr(training, "launch", interrupted)
     with pytest.raises(launch.TrainingPreempted) as stopped:
         training.run(ctx, "sft", place.init, {"seed": place.data})
     assert stopped.value.exit_code == 75 and told
-    monkeypatch.setattr(training, "launch", launch.launch)
+    monkeypatch.setattr(training, "launch", launchers.launch)
     ref = training.run(ctx, "sft", place.init, {"seed": place.data})
     from safetensors.torch import load_file
 

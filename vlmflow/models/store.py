@@ -98,6 +98,16 @@ def describe_files(folder: str | Path) -> list[FileRef]:
 
 
 def publish(ctx: Context, local_dir: str | Path, name: str, lineage: ModelLineage, key: str) -> ModelRef:
+    """`publish_under` the root of a step."""
+    return publish_under(ctx.root, local_dir, name, lineage, key)
+
+
+def marker_uri(root: str, key: str) -> str:
+    """Where the reference of a model lies once it is published."""
+    return storage.join(root, "models", key, MARKER)
+
+
+def publish_under(root: str, local_dir: str | Path, name: str, lineage: ModelLineage, key: str) -> ModelRef:
     """Upload a folder to ``{root}/models/{key}/``, the marker last.
 
     Raises:
@@ -108,7 +118,7 @@ def publish(ctx: Context, local_dir: str | Path, name: str, lineage: ModelLineag
         raise ModelError(
             f"{local_dir} has no *.safetensors among its {len(files)} files; nothing to publish as model '{name}'"
         )
-    uri = storage.join(ctx.root, "models", key)
+    uri = storage.join(root, "models", key)
     for file in files:
         storage.put_file(Path(local_dir) / file.path, storage.join(uri, file.path))
     ref = ModelRef(name=name, uri=uri, files=files, weights_sha256=weights_digest(files), lineage=lineage)
@@ -118,7 +128,7 @@ def publish(ctx: Context, local_dir: str | Path, name: str, lineage: ModelLineag
 
 def find(ctx: Context, key: str) -> ModelRef | None:
     """The model published under ``key``, or None."""
-    uri = storage.join(ctx.root, "models", key, MARKER)
+    uri = marker_uri(ctx.root, key)
     return load_ref(uri) if storage.exists(uri) else None
 
 

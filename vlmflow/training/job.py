@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import sys
 from pathlib import Path
@@ -24,6 +25,22 @@ def emit(**event: Any) -> None:
     sys.stdout.flush()
 
 
+class Publication(BaseModel):
+    """What rank 0 does with the trained model.
+
+    Attributes:
+        root: store prefix to publish under.
+        name: name of the model.
+        lineage: how its weights came to be.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    root: str
+    name: str
+    lineage: store.ModelLineage
+
+
 class Job(BaseModel):
     """One stage of training. Everything it names is a URI, so that a rank on another machine can run it.
 
@@ -37,6 +54,8 @@ class Job(BaseModel):
         checkpoints: URI prefix of this training's checkpoints.
         references: URI prefix of the log-probabilities that preferences are measured against (`reference.address`).
         tracking: experiment, run name and tags for MLflow.
+        folder: URI prefix of this training's files: job, plan, log, table, errors.
+        publication: where the model goes; None = it stays in `out`.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -53,6 +72,8 @@ class Job(BaseModel):
     checkpoints: str
     references: str
     tracking: dict[str, Any] = {}
+    folder: str
+    publication: Publication | None = None
 
     @property
     def cache(self) -> Path:
@@ -63,6 +84,16 @@ class Job(BaseModel):
     def work(self) -> Path:
         """Local folder for the log, files on their way and the result; may be deleted between attempts."""
         return self.cache / "training" / self.key[:32]
+
+    def fetch(self) -> None:
+        """Bring what the job names to this machine. One process of a machine does it; the others wait and find it."""
+        from vlmflow.training import plan_file
+
+        self.work.mkdir(parents=True, exist_ok=True)
+        with open(self.work / "fetch.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.model_folder()
+            plan_file.load(self.plan, self.cache)
 
     def model_folder(self) -> Path:
         """The initial model on local disk. Files of a ``file://`` store were verified when the job was made."""

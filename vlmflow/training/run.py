@@ -13,13 +13,14 @@ from vlmflow import storage
 from vlmflow.dataset import manifest
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.digest import digest
-from vlmflow.errors import DataError, RecipeError
+from vlmflow.errors import DataError, RecipeError, StepFailed
 from vlmflow.models import store
 from vlmflow.models.store import ModelLineage, ModelRef
 from vlmflow.training import checkpoint, length, plan, plan_file
-from vlmflow.training.job import Job
-from vlmflow.training.launch import launch
+from vlmflow.training.job import Job, Publication
+from vlmflow.training.launchers import LaunchRequest, launch
 from vlmflow.training.prepare import prepare
+from vlmflow.training.publish import LOG
 
 if TYPE_CHECKING:
     from vlmflow.recipe import Recipe
@@ -94,10 +95,22 @@ def run(
         return found
     label = stage_name if candidate is None else f"{stage_name}-{candidate}"
     job = _job(ctx, label, key, stage, uses, init, datasets)
-    path = job.work / "job.json"
-    path.write_text(job.model_dump_json())
-    table = _train(ctx, job, path)
-    ref = _publish(ctx, job, init, datasets, table)
+    request = LaunchRequest(
+        folder=job.folder,
+        model=store.marker_uri(ctx.root, key),
+        key=key,
+        label=label,
+        stage=stage_name,
+        processes=stage.processes,
+        threads=stage.threads,
+        run_id=ctx.run_id,
+        scratch=ctx.scratch,
+    )
+    # without the local disk of this machine: ranks of another one have their own
+    storage.write_json(request.job, job.model_copy(update={"scratch": None}).model_dump(mode="json"))
+    _train(ctx, request)
+    if (ref := store.find(ctx, key)) is None:
+        raise StepFailed(f"training '{label}' ended without an error, but {request.model} does not exist; run it again")
     checkpoint.clear(job.checkpoints)
     shutil.rmtree(job.work, ignore_errors=True)
     return ref
@@ -144,37 +157,54 @@ def _job(
             # MLflow refuses a param that changes, and these may when the training is continued: they are tags
             "params": {"stage": json.dumps(stage.model_dump(mode="json", exclude=EXECUTION))},
         },
+        folder=uri,
+        publication=Publication(
+            root=ctx.root, name=f"{ctx.recipe.name}-{label}", lineage=_lineage(label, stage, uses, init, datasets, uri)
+        ),
     )
     job.work.mkdir(parents=True, exist_ok=True)
     return job
 
 
-def _train(ctx: Context, job: Job, path: Path) -> dict[str, Any]:
-    """Run the ranks; shows progress, prints the table and the notes; returns the frozen/trainable table."""
-    table: dict[str, Any] = {}
+def _lineage(
+    label: str, stage: StageSpec, uses: list[DataUse], init: ModelRef, datasets: dict[str, Manifest], folder: str
+) -> ModelLineage:
+    return ModelLineage(
+        step="train",
+        stage=label,
+        params={"stage": stage.model_dump(mode="json"), "uses": [use.model_dump(mode="json") for use in uses]},
+        parents=[init.weights_sha256],
+        ancestor=init.weights_sha256,
+        data=sorted({datasets[use.dataset].digest for use in uses}),
+        log_uri=storage.join(folder, LOG),
+    )
+
+
+def _train(ctx: Context, request: LaunchRequest) -> None:
+    """Run the ranks; shows progress, prints the table and the notes."""
     with ExitStack() as stack:
         shown: dict[str, Any] = {}
 
         def on_event(event: dict[str, Any]) -> None:
             kind = event["event"]
             if kind == "table":
-                table.update(event["table"])
                 print(event["text"], file=sys.stderr, flush=True)
             elif kind == "plan":
-                shown["progress"] = stack.enter_context(ctx.progress(f"train {job.label}", event["steps"], "steps"))
-                shown["progress"].advance(event["first"])
+                if not shown:  # else the ranks were restarted and go on from a checkpoint
+                    shown["progress"] = stack.enter_context(
+                        ctx.progress(f"train {request.label}", event["steps"], "steps")
+                    )
+                    print(_plan_text(event), file=sys.stderr, flush=True)
+                shown["progress"].advance(event["first"] - shown.get("done", 0))
                 shown["done"] = event["first"]
-                table["plan"], table["examples"] = event["report"], event["examples"]
-                print(_plan_text(event), file=sys.stderr, flush=True)
-            elif kind == "step":
+            elif kind == "step" and shown:
                 shown["progress"].note(f"loss {event['loss']:.3f}, {event['tokens_per_second']:.0f} tokens/s")
                 shown["progress"].advance(event["step"] - shown["done"])
                 shown["done"] = event["step"]
             elif kind == "note":
                 ctx.notice(event["text"])
 
-        launch([path], job.stage.processes, job.stage.threads, on_event)
-    return table
+        launch(request, on_event)
 
 
 def _plan_text(event: dict[str, Any]) -> str:
@@ -189,23 +219,3 @@ def _plan_text(event: dict[str, Any]) -> str:
         f"{report['imbalance']:.3f}; {data['examples']} examples, {data['filtered']} filtered out, {data['failed']} unusable, "
         f"{report['dropped']} with parts too long{reasons}"
     )
-
-
-def _publish(ctx: Context, job: Job, init: ModelRef, datasets: dict[str, Manifest], table: dict[str, Any]) -> ModelRef:
-    uri = storage.join(ctx.root, "training", job.key)  # not among the model's files: it holds clock times
-    log_uri = storage.join(uri, "train_log.jsonl")
-    storage.put_file(job.log, log_uri)
-    storage.write_json(storage.join(uri, "trainable.json"), table)
-    lineage = ModelLineage(
-        step="train",
-        stage=job.label,
-        params={
-            "stage": job.stage.model_dump(mode="json"),
-            "uses": [use.model_dump(mode="json") for use, _ in job.uses],
-        },
-        parents=[init.weights_sha256],
-        ancestor=init.weights_sha256,
-        data=sorted({datasets[use.dataset].digest for use, _ in job.uses}),
-        log_uri=log_uri,
-    )
-    return store.publish(ctx, job.out, f"{ctx.recipe.name}-{job.label}", lineage, job.key)

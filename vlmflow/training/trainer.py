@@ -45,6 +45,8 @@ class StepResult(NamedTuple):
 class Trainer:
     """State of one rank. ``Trainer(job, rank, world).run()`` trains and, on rank 0, writes ``job.out``.
 
+    `summary` holds the table of what trains and, after the run, the plan's report.
+
     Args:
         rendezvous: where ranks meet, ``env://`` or ``file://``; used once a process.
         stop: set from outside (SIGTERM) to save and stop after the current step.
@@ -73,8 +75,9 @@ class Trainer:
         self.health = Health(job.stage.health)
         self.writer: Writer | None = None
         self.grace, self.saving = grace(), 0.0  # seconds: for a checkpoint after SIGTERM; the last save held the loop
+        self.summary: dict[str, Any] = made.table.as_json()
         if rank == 0:
-            emit(event="table", text=made.table.as_text(), table=made.table.as_json())
+            emit(event="table", text=made.table.as_text())
         self._prepare()
 
     def _prepare(self) -> None:
@@ -116,6 +119,7 @@ class Trainer:
         loader = self._loader(self.plan)
         if self.rank == 0:
             report = self.plan.report | {"imbalance": round(self.plan.imbalance(self.world), 4)}
+            self.summary |= {"plan": report, "examples": self.plan.examples}
             emit(event="plan", steps=steps, first=first, report=report, examples=self.plan.examples)
         gc.freeze()  # the imports and the model are not garbage; the collector need not look at them again
         shown = 0.0
