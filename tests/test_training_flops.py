@@ -74,30 +74,40 @@ def test_rules_of_thumb():
     assert per_token([Rule("projector", 1e-3), Rule("language", 1e-3)]) == 6 * size
 
 
-def test_adapters_train_beside_frozen_matrices():
-    """LoRA by hand on one matrix: the frozen product, two thin ones, and gradients that end at the adapter."""
+class Adapted(torch.nn.Module):
+    """LoRA by hand, with the names that peft gives."""
+
+    def __init__(self, base, rank=4):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = torch.nn.Linear(base.in_features, rank, bias=False)
+        self.lora_B = torch.nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B(self.lora_A(x))
+
+
+@pytest.mark.parametrize("names", [["q_proj", "k_proj", "v_proj", "o_proj"], ["o_proj"], ["down_proj", "gate_proj"]])
+@pytest.mark.parametrize("part", ["language_model", "vision_tower_ocr"])
+def test_adapters_train_beside_frozen_matrices(part, names):
     model = tiny.build(attention="eager").train()
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    rank, where = 4, model.model.language_model.layers[1].mlp
-    name = "model.language_model.layers.1.mlp.down_proj.weight"
-    base = where.down_proj
-
-    class Adapted(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.base = base
-            self.a = torch.nn.Linear(base.in_features, rank, bias=False)
-            self.b = torch.nn.Linear(rank, base.out_features, bias=False)
-
-        def forward(self, x):
-            return self.base(x) + self.b(self.a(x))
-
-    parts = flops.count(model, tiny.FAMILY, [], {name: rank}, causal=1.0)
+    layer = getattr(model.model, part)
+    layer = layer.layers[1] if part == "language_model" else layer.encoder.layers[1]
+    if part != "language_model":
+        names = [{"o_proj": "out_proj", "down_proj": "fc2", "gate_proj": "fc1"}.get(n, n) for n in names]
+    for parent in list(layer.modules()):
+        for name, child in list(parent.named_children()):
+            if name in names:
+                setattr(parent, name, Adapted(child))
+    trains = set()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        trains |= {name} if "lora_" in name else set()
+    assert len(trains) == 2 * len(names)
     batch, tokens, tiles, targets = _batch(model)
-    where.down_proj = Adapted()
     with FlopCounterMode(display=False) as counter:
         model(**batch, loss_only=True).loss.backward()
+    parts = flops.count(model, tiny.FAMILY, trains, causal=1.0)
     assert flops.cost_model(parts).cost(tokens, tokens**2, tiles, targets) == counter.get_total_flops()
 
 

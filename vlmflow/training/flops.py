@@ -6,11 +6,11 @@ The counting rules (spec: training.md C.3; a multiplication and an addition are 
   So a frozen part without gradient costs 2N, a frozen part that a gradient passes through 4N, a trained part 6N. Which
   of these holds follows from order: the gradient of an input is needed where something trains earlier in the forward
   pass. The first matrix of a tower needs none.
-- Attention costs 4 * width * s^2 forward for a sequence of s rows and twice that backward; in the language model half of
-  it, because it is causal, with s the length of a sample and not of its pack.
+- Attention costs 4 * width * s^2 forward for a sequence of s rows and twice that backward, whichever of queries, keys and
+  values need it; in the language model half of it, because it is causal, with s the length of a sample, not of its pack.
 - Vision towers are counted on patches (with the class token), their attention on the patches of one tile, the projector
   on the features of a tile, the language model on real tokens, its head on target rows only, since no other row meets it.
-- Adapters of rank r add a matrix of r * (inputs + outputs) weights that trains; the matrix beside it is frozen.
+- Adapters are matrices like others: two thin ones that train beside a frozen one, in the model that is counted.
 - Not counted: embeddings, norms, activations, softmax, the optimizer, dummy tiles, DoRA's row norms.
 - What is recomputed for the sake of memory is work of the hardware, not of the model: `recomputed` counts it apart, so
   that MFU never and HFU always includes it.
@@ -39,6 +39,7 @@ _WITHIN = (
 )
 _MLP = 4
 _BEFORE, _AFTER, _HEAD = -1, 1 << 20, 1 << 21
+Place = tuple[int, float]
 
 
 @dataclass(frozen=True)
@@ -109,11 +110,10 @@ class _Matrix:
 
     name: str
     role: str
-    order: tuple[int, int]
+    order: Place
     size: float
     unit: str
     rows: float
-    adapter: tuple[float, float] = (0.0, 0.0)  # weights of its two matrices, r * inputs and r * outputs
 
 
 def cost_model(parts: Iterable[Part]) -> CostModel:
@@ -131,34 +131,26 @@ def recomputed(parts: Iterable[Part], roles: Collection[str]) -> CostModel:
     return _summed(parts, lambda part: part.graph if part.role in roles else 0.0)
 
 
-def count(
-    model: Any,
-    family: Any,
-    trains: Collection[str],
-    adapters: Mapping[str, int] | None = None,
-    causal: float = CAUSAL,
-) -> list[Part]:
+def count(model: Any, family: Any, trains: Collection[str], causal: float = CAUSAL) -> list[Part]:
     """The parts of a model, with what their training costs.
 
     Args:
-        model: the module tree; the meta device is enough.
+        model: the module tree, adapters attached; the meta device is enough.
         family: its roles and numbered layers (`vlmflow.models.family.Family`).
         trains: names of the parameters that train (`Table.rule_of`).
-        adapters: parameter name of a frozen matrix -> rank of the adapter that trains beside it.
         causal: share of the language model's score matrix that is computed.
 
     Raises:
         ModelError: a parameter whose work is not known (a three-dimensional weight without a number of experts).
     """
-    ranks = dict(adapters or {})
     trained = set(trains)
     config = model.config
-    matrices, order = _matrices(model, family, ranks)
+    matrices, order = _matrices(model, family)
     towers = [role for role in family.roles if role.startswith("vision")]
     parts: list[Part] = []
-    first: dict[str, tuple[int, int]] = {}  # role -> place of the first thing that trains in it
+    first: dict[str, Place] = {}  # role -> place of the first thing that trains in it
     for name, (role, place) in order.items():
-        if name in trained or name in ranks:
+        if name in trained:
             first[role] = min(first.get(role, place), place)
     never = (_HEAD + 1, 0)
 
@@ -190,45 +182,41 @@ def _attention(role: str, unit: str, forward: float, gradient: bool) -> Part:
     return Part(role, unit, forward, 2.0 * forward * gradient, 0.0, forward * gradient)
 
 
-def _part(matrices: list[_Matrix], trained: Collection[str], starts: tuple[int, int]) -> list[Part]:
+def _part(matrices: list[_Matrix], trained: Collection[str], starts: Place) -> list[Part]:
     """Products with weights. `starts` is the place of the first thing that trains: a gradient passes behind it only."""
     parts = []
     for m in matrices:
         passes = m.order > starts
         reached = passes or m.order == starts
-        down, up = m.adapter
-        forward = 2.0 * m.rows * (m.size + down + up)
-        # Between the adapter's two matrices a gradient always passes; behind the first only where one is needed.
-        through = 2.0 * m.rows * ((m.size + down) * passes + up)
-        weights = 2.0 * m.rows * (m.size * (m.name in trained) + down + up)
-        parts.append(Part(m.role, m.unit, forward, through, weights, forward * reached))
+        forward = 2.0 * m.size * m.rows
+        parts.append(Part(m.role, m.unit, forward, forward * passes, forward * (m.name in trained), forward * reached))
     return parts
 
 
-def _matrices(
-    model: Any, family: Any, ranks: Mapping[str, int]
-) -> tuple[list[_Matrix], dict[str, tuple[str, tuple[int, int]]]]:
+def _matrices(model: Any, family: Any) -> tuple[list[_Matrix], dict[str, tuple[str, Place]]]:
     """Every use of a weight in order, and (role, place) of every parameter by its name in `named_parameters`."""
     config = model.config
     lookups = {id(model.get_input_embeddings().weight)} | {
         id(p) for module in model.modules() if type(module).__name__ == "Embedding" for p in module.parameters(False)
     }
     names = {id(p): name for name, p in model.named_parameters()}
-    head = model.get_output_embeddings().weight
+    output = model.get_output_embeddings()
+    head = output.weight
+    in_head = {id(p) for p in output.parameters()}
     matrices: list[_Matrix] = []
-    order: dict[str, tuple[str, tuple[int, int]]] = {}
+    order: dict[str, tuple[str, Place]] = {}
     for name, parameter in model.named_parameters():
         role = role_of(name, family.roles)
-        place = _place(name, role, family, id(parameter) == id(head))
+        tied = id(parameter) in lookups
+        in_output = id(parameter) in in_head and not tied
+        place = _place(name, role, family, in_output)
         order[name] = (role, place)
-        if parameter.ndim < 2 or id(parameter) in lookups or id(parameter) == id(head):
+        if parameter.ndim < 2 or tied:
             continue
-        unit, rows = _rows(config, role, parameter.ndim)
-        size = parameter.numel() * _active(name, parameter, config)
-        rank = ranks.get(name, 0)
-        adapter = (float(rank * parameter.shape[-1]), float(rank * parameter.shape[0]))
-        matrices.append(_Matrix(name, role, place, size, unit, rows, adapter))
-    matrices.append(_Matrix(names[id(head)], "language", (_HEAD, 0), head.numel(), "target", 1.0))
+        unit, rows = ("target", 1.0) if in_output else _rows(config, role, parameter.ndim)
+        matrices.append(_Matrix(name, role, place, parameter.numel() * _active(name, parameter, config), unit, rows))
+    if id(head) in lookups:  # tied to the embedding, which is a look-up itself
+        matrices.append(_Matrix(names[id(head)], "language", (_HEAD, 0), head.numel(), "target", 1.0))
     return matrices, order
 
 
@@ -238,18 +226,19 @@ def role_of(name: str, roles: Mapping[str, Any]) -> str:
     return max(found, key=lambda role: (role.count("."), len(role)), default="other")
 
 
-def _place(name: str, role: str, family: Any, head: bool) -> tuple[int, int]:
+def _place(name: str, role: str, family: Any, head: bool) -> Place:
     """(layer, place within it) in the order of the forward pass."""
-    if head and "embed" not in name:
-        return (_HEAD, 0)
+    late = 0.5 if "lora_B" in name else 0.0  # behind its partner, and behind nothing else that the layer adapts
+    if head:
+        return _HEAD, late
     found = re.search(family.numbered[role], name) if role in family.numbered else None
     if found is None:
         if role == "projector":
             numbers = re.findall(r"\d+", name)
-            return (int(numbers[-1]) if numbers else 0, 0)
+            return int(numbers[-1]) if numbers else 0, late
         return (_BEFORE, 0) if re.search(r"embed|wte|wpe|pre_layrnorm", name) else (_AFTER, 0)
     rest = name[found.end() :]
-    return int(found.group(1)), next((place for place, pattern in _WITHIN if pattern.search(rest)), _MLP)
+    return int(found.group(1)), late + next((place for place, pattern in _WITHIN if pattern.search(rest)), _MLP)
 
 
 def _rows(config: Any, role: str, ndim: int) -> tuple[str, float]:
