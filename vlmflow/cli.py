@@ -10,12 +10,13 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlmflow.cli_options import Output, OutputOption, Overrides, RecipeArgument, StateOption
+from vlmflow.cli_plan import plan_app
 from vlmflow.errors import VlmflowError
 
 if TYPE_CHECKING:
@@ -30,24 +31,10 @@ recipe_app = typer.Typer(no_args_is_help=True, help="Look at a recipe and check 
 data_app = typer.Typer(no_args_is_help=True, help="Look at datasets.")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
+app.add_typer(plan_app, name="plan")
 
 
 DEMO_RECIPE = "recipes/points-tiny.yaml"
-
-
-class Output(StrEnum):
-    """How data are printed."""
-
-    text = "text"
-    json = "json"
-
-
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file or URI of a recipe.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes, e.g. stages.sft.epochs=2.")
-]
-OutputOption = Annotated[Output, typer.Option("--output", "-o", help="text for people, json for programs.")]
-StateOption = Annotated[Path, typer.Option("--state-dir", help="Folder of the local stack and of runs.")]
 
 
 def _print_json(value: Any) -> None:

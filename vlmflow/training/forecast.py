@@ -45,6 +45,14 @@ class Machine:
         return int(self.memory * (1 - ALLOWANCE))
 
 
+def machine(gpus: int, gib: float, mfu: float = 0.4, peak_tflops: float | None = None) -> Machine:
+    """GPUs of `gib` GiB. Their peak: as given, else as `VLMFLOW_PEAK_TFLOPS` states it, else `PEAK`."""
+    from vlmflow.training.flops import peak_flops
+
+    peak = peak_tflops * 1e12 if peak_tflops else peak_flops("") or PEAK * 1e12
+    return Machine(gpus, int(gib * GIB), peak, mfu)
+
+
 @dataclass
 class StageForecast:
     """One stage on one machine, as plain data.
@@ -165,7 +173,8 @@ def _work(
     plan: Plan | None,
 ) -> tuple[dict[str, float | int | None], dict[str, float | None], list[str]]:
     """(work, operations, assumptions). Seconds are those of the rank with most packs."""
-    steps: float | None
+    steps: int | None
+    shown: float | None
     if plan is not None:
         shown, steps = float(plan.pack_tokens.sum()), plan.steps
         sums = (shown, int(plan.pack_squares.sum()), int(plan.pack_tiles.sum()), int(plan.pack_targets.sum()))
