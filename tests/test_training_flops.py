@@ -138,3 +138,16 @@ def test_peak_is_known_stated_or_none():
     assert flops.peak_flops("cpu", {"VLMFLOW_PEAK_TFLOPS": "0.5"}) == 0.5e12
     with pytest.raises(RecipeError, match="VLMFLOW_PEAK_TFLOPS is 'fast'"):
         flops.peak_flops("cpu", {"VLMFLOW_PEAK_TFLOPS": "fast"})
+
+
+def test_utilisation_is_a_share_of_a_known_peak_only(monkeypatch):
+    from vlmflow.training import record
+
+    device = torch.device("cpu")
+    monkeypatch.delenv("VLMFLOW_PEAK_TFLOPS", raising=False)
+    record._peak.cache_clear()
+    assert record.utilisation(6e12, 2.0, device) == {"tflops": 3.0}
+    monkeypatch.setenv("VLMFLOW_PEAK_TFLOPS", "12")
+    record._peak.cache_clear()
+    assert record.utilisation(6e12, 2.0, device) == {"tflops": 3.0, "mfu": 0.25}
+    record._peak.cache_clear()
