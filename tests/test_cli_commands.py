@@ -22,7 +22,9 @@ def call(capsys, *arguments: str) -> tuple[int, str, str]:
     return int(caught.value.code or 0), out.out, out.err
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["plan", "data"], ["recipe", "show"], ["demo"], ["compile"], ["status"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["plan", "data"], ["recipe", "show"], ["demo"], ["compile"], ["status"]]
+)
 def test_help_imports_nothing_heavy_and_opens_no_connection(command):
     code = (
         "import sys, socket\n"

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from vlmflow import storage
 from vlmflow.training import plan_file, pool
-from vlmflow.training.flops import CostModel
 from vlmflow.training.length import Reading, measured, tokenizer_digest
 from vlmflow.training.plan import Plan, make_plan
 from vlmflow.training.pool import Examples, Visual
+from vlmflow.training.shape import stage_cost
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from vlmflow.recipe.mixture import DataUse
     from vlmflow.recipe.stage import StageSpec
     from vlmflow.step import Context
-
-TILE_SHARE = 0.5  # cost of an image token in the vision towers, in tokens of the language model
 
 
 def reading(ctx: Context, init: ModelRef) -> Reading:
@@ -78,7 +76,7 @@ def plan_of(ctx: Context, stage: StageSpec, examples: Examples, made: Reading) -
     report = examples.report
     pool.check_failures(report["failed"], report["seen"], stage.failure_limit, report["reasons"], report["filtered"])
     visual = visual_of(made)
-    cost = CostModel(per_token=1.0, per_tile=TILE_SHARE * visual.tokens_per_tile)
+    cost = stage_cost(made.config, made.family, stage)
     plan = make_plan(examples, stage, ctx.recipe.seed, visual, cost)
     for reason in plan.report["dropped_reasons"]:
         reason["example"] = examples.key(reason["example"], ctx.scratch)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import resource
+from functools import cache
 from typing import Any
 
+from vlmflow.training.flops import peak_flops
 from vlmflow.training.plan import Plan
 
 
@@ -48,5 +50,27 @@ def step_record(
         "images_per_second": round(images / seconds, 2),
         "data_wait": round(waited / seconds, 4),
         "memory_mb": round(memory, 1),
+        **utilisation(float(plan.pack_cost[packs.start : packs.stop].sum()), seconds, device),
         **{name: round(value, 6) for name, value in metrics.items()},
     }
+
+
+def utilisation(operations: float, seconds: float, device: Any) -> dict[str, float]:
+    """`tflops`, model operations a second on each device, and `mfu`, their share of its bf16 peak where that is known.
+
+    Args:
+        operations: of a step over all ranks, counted by the rules of `vlmflow.training.flops`: without recomputation,
+            dummy tiles and the optimizer.
+    """
+    import torch.distributed as dist
+
+    rate = operations / seconds / (dist.get_world_size() if dist.is_initialized() else 1)
+    peak = _peak(device)
+    return {"tflops": round(rate / 1e12, 4)} | ({"mfu": round(rate / peak, 4)} if peak else {})
+
+
+@cache
+def _peak(device: Any) -> float | None:
+    import torch
+
+    return peak_flops(torch.cuda.get_device_name(device) if device.type == "cuda" else "")
