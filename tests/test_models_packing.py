@@ -2,22 +2,67 @@
 
 import pytest
 import torch
-from models_tiny import build, pack, samples
+from models_tiny import FAMILY, build, pack, samples
+from tensor_memory import Memory
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from vlmflow.errors import ModelError
 from vlmflow.models import register
 from vlmflow.models.attention import varlen_attention_forward
 from vlmflow.models.loss import packed_loss
 from vlmflow.models.points import modeling_points
+from vlmflow.recipe.optimizer import AdapterSpec
+from vlmflow.training import adapters
+from vlmflow.training.recompute import recompute
 
 
 def gradients(model):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize(("model_type", "tie"), [("qwen2", True), ("llama", False)])
-def test_packed_equals_separate(model_type, tie):
-    model = build(model_type, tie, attention="sdpa")
+def adapted(kind):
+    """Puts adapters on language model and encoders, moved away from their start so that they matter."""
+
+    def attach(model):
+        found = adapters.adaptable(model)
+        spec = AdapterSpec(kind=kind, rank=3, alpha=6.0)
+        made = adapters.attach(model, dict.fromkeys(sorted(found.weights), spec), seed=4)
+        ours = {name for names in made.values() for name in names}
+        torch.manual_seed(11)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(name in ours)
+                if name in ours:
+                    parameter.add_(torch.randn_like(parameter) * 0.05)
+
+    return attach
+
+
+def chunked(model):
+    model.loss_rows = 16
+
+
+FEATURES = {
+    "plain": lambda model: None,
+    "lora": adapted("lora"),
+    "dora": adapted("dora"),
+    "recompute": lambda model: recompute(model, FAMILY, ["vision", "vision.ocr", "language"]),
+    "loss_rows": chunked,
+    "dora, recompute, loss_rows": lambda model: (
+        adapted("dora")(model), recompute(model, FAMILY, ["language"]), chunked(model)
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "tie", "feature"),
+    [("llama", False, "plain"), *(("qwen2", True, feature) for feature in FEATURES)],
+)
+def test_packed_equals_separate(model_type, tie, feature):
+    """Also with every feature on the packed side or, where it changes what is computed, on both."""
+    model = build(model_type, tie, attention="sdpa").train()
+    if "lora" in feature or "dora" in feature:
+        FEATURES[feature](model)
     parts = samples(model.config)
     losses, targets, logits = 0.0, 0, []
     for part in parts:
@@ -32,12 +77,14 @@ def test_packed_equals_separate(model_type, tie):
     separate = gradients(model)
     model.zero_grad(set_to_none=True)
     model.set_attn_implementation("vlmflow_varlen")
+    if "lora" not in feature and "dora" not in feature:
+        FEATURES[feature](model)
     batch = pack(parts)
     loss, count = packed_loss(model, batch)
     loss.backward()
     assert count == targets and loss.item() == pytest.approx(losses, rel=1e-6)
     together = gradients(model)
-    assert together.keys() == separate.keys()
+    assert together.keys() == separate.keys() and len(separate) > 20
     scale = max(g.abs().max().item() for g in separate.values())
     for name, gradient in separate.items():
         assert (together[name] - gradient).abs().max().item() <= 1e-5 * scale, name
@@ -182,17 +229,126 @@ def test_full_logits_are_never_built():
     assert rows == [count] and count < batch["input_ids"].shape[1] / 2
 
 
-def test_packed_loss_of_a_transformers_model():
+def of_transformers(**config):
+    made = AutoConfig.for_model("qwen2", **{"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1,
+                                "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 40, **config})  # fmt: skip
+    return AutoModelForCausalLM.from_config(made)
+
+
+@pytest.mark.parametrize("rows", [None, 2])
+def test_packed_loss_of_a_transformers_model(rows):
     """Families on transformers' own classes go through logits_to_keep."""
-    config = AutoConfig.for_model("qwen2", hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-                                  num_attention_heads=2, num_key_value_heads=2, vocab_size=40)  # fmt: skip
-    model = AutoModelForCausalLM.from_config(config)
-    ids = torch.randint(0, 40, (1, 12))
-    labels = torch.where(torch.arange(12) % 3 == 0, ids, -100)
+    model = of_transformers()
+    model.loss_rows = rows
+    ids = torch.randint(0, 40, (1, 15))
+    labels = torch.where(torch.arange(15) % 3 == 0, ids, -100)
     labels[0, 0] = -100
     summed, count = packed_loss(model, {"input_ids": ids, "labels": labels})
+    summed.backward()
+    found = gradients(model)
+    model.zero_grad(set_to_none=True)
     expected = torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], labels[0, 1:], reduction="sum")
-    assert count == 3 and summed.item() == pytest.approx(expected.item(), rel=1e-6)
+    expected.backward()
+    assert count == 4 and summed.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in gradients(model).items():
+        assert torch.allclose(found[name], gradient, atol=1e-6), name
+    none, count = packed_loss(model, {"input_ids": ids, "labels": torch.full_like(labels, -100)})
+    none.backward()
+    assert count == 0 and none.item() == 0
+    model.config.final_logit_softcapping = 30.0
+    with pytest.raises(ModelError, match=r"final_logit_softcapping = 30\.0 behind its output layer"):
+        packed_loss(model, {"input_ids": ids, "labels": labels})
+
+
+def lost(model, batch):
+    """(loss, gradients, peak bytes, largest tensor) of a forward and backward pass."""
+    model.zero_grad(set_to_none=True)
+    with Memory() as memory:
+        summed, _ = packed_loss(model, batch)
+        summed.backward()
+    return summed.item(), gradients(model), memory.peak, memory.largest
+
+
+def naive(model, batch):
+    """The same from full logits of every position."""
+    model.zero_grad(set_to_none=True)
+    with Memory() as memory:
+        logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0, :-1].float()
+        summed = torch.nn.functional.cross_entropy(logits, batch["labels"][0, 1:], reduction="sum")
+        summed.backward()
+    return summed.item(), gradients(model), memory.peak, memory.largest
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["points", "transformers"])
+def test_loss_rows_bound_the_logits_and_change_nothing(own):
+    """Against cross-entropy on full logits: equal, for a fraction of the memory. Both kinds of family."""
+    rows, vocabulary = 32, 4096
+    if own:
+        model = build(tie=False)
+        model.lm_head = torch.nn.Linear(48, vocabulary, bias=False)
+    else:
+        model = of_transformers(vocab_size=vocabulary)
+    model.train()
+    torch.manual_seed(0)
+    ids = torch.randint(0, 256, (1, 400))
+    batch = {"input_ids": ids, "labels": ids.clone(), "use_cache": False}
+    full = naive(model, batch)
+    whole = lost(model, batch)
+    model.loss_rows = rows
+    chunks = lost(model, batch)
+    for found in (whole, chunks):
+        assert found[0] == pytest.approx(full[0], rel=1e-6)
+        scale = max(g.abs().max().item() for g in full[1].values())
+        assert all((found[1][n] - g).abs().max().item() <= 1e-6 * scale for n, g in full[1].items())
+    logits = 399 * vocabulary * 4
+    assert full[3] >= logits and whole[3] >= logits
+    assert chunks[3] <= vocabulary * max(rows, 48) * 4, "the head's weight or a chunk is the largest tensor"
+    assert chunks[2] < whole[2] - 1.5 * logits, "logits and their gradient never exist together"
+
+
+def test_chunks_start_by_themselves_above_a_number_of_logits(monkeypatch):
+    """Automatic chunks, for both kinds of family."""
+    for model in (build(), of_transformers()):
+        ids = torch.randint(0, 40, (1, 60))
+        seen = []
+        model.get_output_embeddings().register_forward_hook(
+            lambda _, inputs, out, s=seen: s.append(inputs[0].shape[-2])
+        )
+        vocabulary = model.get_output_embeddings().out_features
+        monkeypatch.setattr(modeling_points, "LOSS_ELEMENTS", 16 * vocabulary)
+        packed_loss(model, {"input_ids": ids, "labels": ids})
+        assert seen[-4:] == [16, 16, 16, 11]
+
+
+def test_a_long_pack_of_many_segments_builds_nothing_of_its_square():
+    """8k tokens in 160 segments with images: no tensor comes near [N, N], as a bool mask of the pack would."""
+    model = build().train()
+    base = samples(model.config)
+    parts, total = [], 0
+    while total < 8192:
+        part = base[len(parts) % len(base)]
+        parts.append(part)
+        total += len(part["ids"])
+    batch = pack(parts)
+    length = batch["input_ids"].shape[1]
+    assert length >= 8192 and len(parts) > 50 and len(batch["pixel_values"]) > 50
+    _, _, peak, largest = lost(model, batch)
+    mask = length * length  # bytes of the smallest one, bool
+    assert largest < mask / 4, f"{largest:,} bytes in one tensor, {peak:,} at the peak"
+
+
+def test_tiles_of_a_batch_do_not_see_each_other():
+    """Encoders take equal tiles as rows of a batch, so nothing of another tile is in reach: equal bits without it."""
+    model = build().train()
+    tiles = torch.randint(0, 256, (5, 56, 56, 3), dtype=torch.uint8)
+    before = model.get_image_features(tiles)
+    changed = tiles.clone()
+    changed[2] = 255 - changed[2]
+    after = model.get_image_features(changed)
+    same = [torch.equal(before[i], after[i]) for i in range(5)]
+    assert same == [True, True, False, True, True]
+    alone = torch.cat([model.get_image_features(tile[None]) for tile in tiles])
+    assert (alone - before).abs().max().item() < 1e-5
 
 
 def test_no_targets_still_reaches_the_graph():

@@ -112,6 +112,7 @@ def _cuda(
     return out.unsqueeze(0)
 
 
+@torch.compiler.disable  # it decides on the pack's borders: compiled, it would be compiled again for every pack
 def _grouped(
     query: torch.Tensor,
     key: torch.Tensor,

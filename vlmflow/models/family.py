@@ -33,6 +33,7 @@ class Family:
         roles: role -> regexes of parameter names (re.match).
         unused: regexes of parameters that never get a gradient.
         numbered: role -> regex whose first group is the layer number.
+        language: module that reads `inputs_embeds`, text and image features together.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Family:
     roles: dict[str, list[str]]
     unused: list[str] = field(default_factory=list)
     numbered: dict[str, str] = field(default_factory=dict)
+    language: str = ""
 
     def layers(self, role: str) -> str:
         """Regex with the layer number as its first group, for `last: n`. Raises ModelError for a role without layers."""

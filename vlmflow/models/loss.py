@@ -6,18 +6,24 @@ much (training.md B.2, item 7).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from vlmflow.errors import ModelError
+from vlmflow.models.points.modeling_points import target_loss
+
+BEHIND_THE_HEAD = ("final_logit_softcapping", "logit_scale", "logits_scaling")
 
 
 def packed_loss(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, int]:
     """Run `model` (or its DeepSpeed/DDP wrapper) on a packed batch; returns (summed nats as a scalar tensor, targets).
 
     `batch` holds the forward's arguments including `labels` [1, N] (unshifted, -100 = no target). The head meets only
-    the rows whose next token is a target; the full [N, vocabulary] logits are never built. log-softmax is in fp32.
-    Without any target the sum is zero and still reaches the graph.
+    the rows whose next token is a target, in chunks of the model's `loss_rows` or of 2^25 logits; the full
+    [N, vocabulary] logits are never built. log-softmax is in fp32. Without any target the sum is zero and still reaches the graph.
     """
     labels = batch["labels"]
     wanted = labels[:, 1:] != -100
@@ -29,10 +35,32 @@ def packed_loss(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, int
     # transformers' own classes: rows are chosen by index, so only those meet the head.
     arguments.pop("labels")
     rows = wanted[0].nonzero().squeeze(1) if targets else torch.zeros(1, dtype=torch.long, device=labels.device)
-    logits = model(**arguments, logits_to_keep=rows).logits[0].float()
+    head = inner.get_output_embeddings()
+    with _waiting(head, inner):
+        hidden = model(**arguments, logits_to_keep=rows).logits[0]
     if not targets:
-        return logits.sum() * 0.0, 0
-    return torch.nn.functional.cross_entropy(logits, labels[0, 1:][rows].to(logits.device), reduction="sum"), targets
+        return head(hidden).float().sum() * 0.0, 0
+    values = labels[0, 1:][rows].to(hidden.device)
+    return target_loss(hidden, values, head, getattr(inner, "loss_rows", None)), targets
+
+
+@contextmanager
+def _waiting(head: torch.nn.Module, model: Any) -> Iterator[None]:
+    """While the model runs, its head hands on what it is given, so that the loss can apply it in chunks.
+
+    Raises ModelError for a model that changes logits behind its head: the loss would be that of others.
+    """
+    config = model.config.get_text_config()
+    if changed := [n for n in BEHIND_THE_HEAD if getattr(config, n, None) not in (None, 1, 1.0)]:
+        raise ModelError(
+            f"{type(model).__name__} applies config.{changed[0]} = {getattr(config, changed[0])} behind its output layer, which the chunked "
+            "loss does not: it would train on other logits than the model gives. Use a language model without it"
+        )
+    head.forward = lambda hidden: hidden  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def packed_logprobs(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,9 +81,12 @@ def packed_logprobs(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor,
     else:
         arguments.pop("labels")
         kept = rows if len(rows) else torch.zeros(1, dtype=torch.long, device=labels.device)
-        logits = model(**arguments, logits_to_keep=kept).logits[0].float()
+        head = inner.get_output_embeddings()
+        with _waiting(head, inner):
+            hidden = model(**arguments, logits_to_keep=kept).logits[0]
         if len(rows):
-            nats = torch.nn.functional.cross_entropy(logits, labels[0, 1:][rows].to(logits.device), reduction="none")
+            values = labels[0, 1:][rows].to(hidden.device)
+            nats = target_loss(hidden, values, head, getattr(inner, "loss_rows", None), "none")
         else:  # still reaches the graph, so that no rank waits for another
-            nats = (logits.sum() * 0.0).reshape(1)[:0]
+            nats = (head(hidden).float().sum() * 0.0).reshape(1)[:0]
     return torch.segment_reduce(-nats, "sum", lengths=counts, initial=0.0, unsafe=True), counts

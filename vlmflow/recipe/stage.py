@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from vlmflow.recipe.base import Name, Section, Share
+from vlmflow.recipe.base import Section, Share
 from vlmflow.recipe.mixture import DataUse, MixtureSpec, Prompt
 from vlmflow.recipe.objective import NoiseSpec, ObjectiveSpec
 from vlmflow.recipe.optimizer import OptimizerSpec, ScheduleSpec, TrainRule
@@ -54,7 +54,7 @@ class HealthSpec(Section):
 class MemorySpec(Section):
     """Time for memory. Nothing here changes what is learned (up to the order of float sums)."""
 
-    recompute: list[Name] = Field(
+    recompute: list[str] = Field(
         default_factory=list, description="roles (vision, language, ...) whose layers recompute their activations"
     )
     loss_rows: int | None = Field(

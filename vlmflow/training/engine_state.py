@@ -7,7 +7,7 @@ together on rank 0's CPU, restoring cuts them out, and an average of the weights
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,14 @@ def base_optimizer(engine: Any) -> Any:
 def trainable(engine: Any) -> dict[str, Any]:
     """Trainable parameters by name, in model order."""
     return {n: p for n, p in engine.module.named_parameters() if p.requires_grad}
+
+
+def local(parameter: Any) -> torch.Tensor:
+    """What this rank holds of a parameter: all of it, or under ZeRO 3 its slice, flat and without padding."""
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter.detach()
+    size = parameter.ds_tensor.numel()
+    return parameter.ds_tensor.narrow(0, 0, max(0, min(size, numel(parameter) - torch.distributed.get_rank() * size)))
 
 
 def numel(parameter: Any) -> int:
@@ -197,39 +205,43 @@ def cut(name: str, part: Part, key: str, value: torch.Tensor) -> None:
 def _set_model_copy(parameter: Any, part: Part, value: torch.Tensor) -> None:
     """The weights that the forward pass uses, where they are not the fp32 ones themselves."""
     if hasattr(parameter, "ds_tensor"):
-        mine = part.values[WEIGHT]
-        parameter.ds_tensor.narrow(0, 0, mine.numel()).copy_(mine)
+        local(parameter).copy_(part.values[WEIGHT])
     if parameter.data.numel() == numel(parameter):  # not, or not at the moment, partitioned
         parameter.data.copy_(value)
 
 
-def export_state(engine: Any) -> dict[str, torch.Tensor]:
+def export_state(engine: Any, exact: Callable[[str], bool] = lambda _: False) -> dict[str, torch.Tensor]:
     """All parameters and saved buffers of the trained model by name, on rank 0's CPU, in the stage's dtype; {} elsewhere.
 
-    Collective. If an average of the weights is kept, it stands in for them. A parameter with two names (tied embeddings)
-    comes once, under the first.
+    Collective. Trained parameters are the optimizer's, or their average if one is kept. A parameter with two names (tied
+    embeddings) comes once, under the first.
+
+    Args:
+        exact: names of trained parameters that stay in fp32.
     """
     module = engine.module
-    made: dict[str, torch.Tensor] = {}
+    trained = whole(engine, WEIGHT if engine.ema is None else AVERAGE)
+    frozen = {name: p for name, p in module.named_parameters() if not p.requires_grad}
     first = torch.distributed.get_rank() == 0
-    instead = {} if engine.ema is None else whole(engine, AVERAGE)
-    parameters = dict(module.named_parameters())
+    made: dict[str, torch.Tensor] = {}
 
-    def keep(names: list[str]) -> None:
-        for name in names:
-            source = instead.pop(name, parameters[name])
-            made[name] = source.detach().to(device="cpu", dtype=parameters[name].dtype, copy=True)
+    def keep(names: Iterable[str]) -> None:
+        made.update({name: frozen[name].detach().to("cpu", copy=True) for name in names})
 
     if engine.zero_optimization_stage() == 3:
         from deepspeed.runtime.zero import GatheredParameters
 
-        for batch in _batches({name: numel(p) for name, p in parameters.items()}):
-            with GatheredParameters([parameters[name] for name in batch]):
+        for batch in _batches({name: numel(p) for name, p in frozen.items()}):
+            with GatheredParameters([frozen[name] for name in batch]):
                 if first:
                     keep(batch)
     elif first:
-        keep(list(parameters))
+        keep(frozen)
     if not first:
         return {}
+    for name, parameter in trainable(engine).items():
+        value = trained.pop(name)
+        made[name] = value if exact(name) else value.to(parameter.dtype)
     saved = module.state_dict(keep_vars=True)
-    return made | {n: b.detach().cpu().clone() for n, b in module.named_buffers() if n in saved}
+    made |= {n: b.detach().cpu().clone() for n, b in module.named_buffers() if n in saved}
+    return {name: made[name] for name in saved if name in made}

@@ -15,10 +15,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.errors import RecipeError
+from vlmflow.training.adapters import now
 from vlmflow.training.layer_decay import layers_above
 
 if TYPE_CHECKING:
     import torch
+
+    from vlmflow.recipe.optimizer import AdapterSpec
+    from vlmflow.training.adapters import Adaptable
 
 NO_DECAY = re.compile(r"(^|\.)bias$|norm|(^|\.)ln_\d|layrnorm|embed_positions|position_embedding|class_embedding")
 
@@ -32,6 +36,7 @@ class Rule:
     last: int | None = None
     weight_decay: float | None = None
     layer_decay: float | None = None
+    adapter: AdapterSpec | None = None
 
 
 @dataclass
@@ -65,11 +70,17 @@ class Table:
         rows: what is printed.
         rule_of: parameter name -> index of the rule that trains it; names not in it are frozen.
         rates: parameter name -> its peak rate.
+        notes: parameter name -> note of its row.
+        adapters: weight -> adapter that trains in its place.
+        beside: index of a rule with adapters -> what it matches that is no linear layer.
     """
 
     rows: list[Row]
     rule_of: dict[str, int] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+    adapters: dict[str, AdapterSpec] = field(default_factory=dict)
+    beside: dict[int, str] = field(default_factory=dict)
 
     @property
     def trainable(self) -> int:
@@ -105,6 +116,7 @@ def make_table(
     roles: Mapping[str, Sequence[str]],
     unused: Sequence[str] = (),
     layers: Any = None,
+    adaptable: Adaptable | None = None,
 ) -> Table:
     """Match a stage's rules with a model's parameters; the first rule that matches a parameter wins.
 
@@ -113,15 +125,20 @@ def make_table(
         roles: role name -> regexes of parameter names (``re.match``), from the family.
         unused: regexes of parameters that never get a gradient; always frozen (spec: systems.md A.0).
         layers: role -> regex whose first group is a layer number, for ``last``; None if the role has no layers.
+        adaptable: what the adapters of rules can stand in for; None only if no rule has one.
 
     Raises:
-        RecipeError: a rule that matches nothing (lists what exists), or nothing left to train.
+        RecipeError: a rule that matches nothing (lists what exists) or nothing that it can adapt, or nothing left to train.
     """
     dead = {name for name in sizes if any(re.match(p, name) for p in unused)}
-    role_of = {name: _role(name, roles) for name in sizes}
     rule_of: dict[str, int] = {}
+    notes = dict.fromkeys(dead, "never used by the forward pass")
+    adapters: dict[str, AdapterSpec] = {}
+    beside: dict[int, str] = {}
     for index, rule in enumerate(rules):
         names = _matching(rule, sizes, roles)
+        if rule.adapter is not None and adaptable is not None:
+            adaptable.refuse_tied(index, rule.modules)
         if not names:
             raise RecipeError(
                 f"train[{index}].modules '{rule.modules}' matches none of {len(sizes)} parameters; roles of this model: "
@@ -130,6 +147,9 @@ def make_table(
         alive = [n for n in names if n not in dead]
         if rule.last is not None:
             alive = _last_layers(rule, rule.last, index, alive, layers)
+        if rule.adapter is not None and adaptable is not None and alive:
+            beside[index] = adaptable.left_out(rule.modules, alive)
+            alive = adaptable.choose(index, rule.modules, alive)
         fresh = [n for n in alive if n not in rule_of]
         if not fresh:
             why = "all of them are trained by an earlier rule" if alive else "none of them ever gets a gradient"
@@ -137,12 +157,16 @@ def make_table(
                 f"train[{index}].modules '{rule.modules}' matches {len(names)} parameters but {why}; remove the rule"
             )
         rule_of.update(dict.fromkeys(fresh, index))
+        if rule.adapter is not None:
+            adapters.update(dict.fromkeys(fresh, rule.adapter))
+        if rule.last is not None:
+            notes.update(dict.fromkeys(fresh, f"last {rule.last} layers"))
     if not rule_of:
         raise RecipeError(
             "the stage trains nothing: its 'train' list is empty; name at least one module, e.g. projector"
         )
-    rates = _rates(rules, role_of, rule_of, layers, dead)
-    return Table(_rows(sizes, rules, role_of, rule_of, dead, rates), rule_of, rates)
+    rates = _rates(rules, {name: _role(name, roles) for name in sizes}, rule_of, layers, dead)
+    return Table(_rows(sizes, rules, roles, rule_of, notes, rates), rule_of, rates, notes, adapters, beside)
 
 
 def _role(name: str, roles: Mapping[str, Sequence[str]]) -> str:
@@ -205,23 +229,51 @@ def _rates(
 def _rows(
     sizes: Mapping[str, int],
     rules: Sequence[Rule],
-    role_of: Mapping[str, str],
+    roles: Mapping[str, Sequence[str]],
     rule_of: Mapping[str, int],
-    dead: set[str],
+    notes: Mapping[str, str],
     rates: Mapping[str, float],
 ) -> list[Row]:
-    groups: dict[tuple[str, int | None, bool], list[str]] = {}
+    groups: dict[tuple[str, int | None, str], list[str]] = {}
     for name in sizes:
-        groups.setdefault((role_of[name], rule_of.get(name), name in dead), []).append(name)
+        groups.setdefault((_role(name, roles), rule_of.get(name), notes.get(name, "")), []).append(name)
     rows = []
-    for (role, rule, unused), names in groups.items():
-        note = "never used by the forward pass" if unused else ""
-        if rule is not None and rules[rule].last is not None:
-            note = f"last {rules[rule].last} layers"
+    for (role, rule, note), names in groups.items():
         peaks = sorted({rates[n] for n in names if n in rates})
         highest, lowest = (peaks[-1] if peaks else None), (peaks[0] if len(peaks) > 1 else None)
         rows.append(Row(role, sum(sizes[n] for n in names), len(names), rule is not None, highest, note, lowest))
     return rows
+
+
+def with_adapters(
+    table: Table,
+    sizes: Mapping[str, int],
+    rules: Sequence[Rule],
+    roles: Mapping[str, Sequence[str]],
+    made: Mapping[str, Sequence[str]],
+) -> Table:
+    """The table once adapters are attached: they train, the weights under them do not.
+
+    Args:
+        sizes: parameters of the adapted model.
+        made: adapted weight -> its adapter's parameters (`adapters.attach`).
+    """
+    adapted = {weight: table.adapters[weight] for weight in made}
+    rule_of, notes = {}, {now(name, adapted): note for name, note in table.notes.items()}
+    rates: dict[str, float] = {}
+    for name, index in table.rule_of.items():
+        names = made.get(name, [now(name, adapted)])
+        rule_of.update(dict.fromkeys(names, index))
+        rates.update(dict.fromkeys(names, table.rates[name]))
+    for weight, parts in made.items():
+        index, spec = table.rule_of[weight], adapted[weight]
+        layers = sum(table.rule_of[w] == index for w in made)
+        last = f" in the last {rules[index].last} layers" if rules[index].last is not None else ""
+        about = f"{spec.kind} of rank {spec.rank}, alpha {spec.alpha:g}, on {layers} linear layers{last}"
+        beside = f"; not adapted: {table.beside[index]}" if table.beside.get(index) else ""
+        notes.update(dict.fromkeys(parts, about + beside))
+        notes[now(weight, adapted)] = "under adapters"
+    return Table(_rows(sizes, rules, roles, rule_of, notes, rates), rule_of, rates, notes, adapted, table.beside)
 
 
 def parameter_groups(

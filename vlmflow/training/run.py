@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 VERSION = 2  # of the loop; with the plan's and the length layer's versions it is part of every train digest
 
 # How a stage is run, not what it learns: a changed value continues the same training.
-EXECUTION = {"processes", "threads", "zero", "checkpoint", "failure_limit"}
+EXECUTION = {"processes", "threads", "zero", "memory", "checkpoint", "failure_limit"}
 
 
 def stage_of(recipe: Recipe, name: str) -> StageSpec:

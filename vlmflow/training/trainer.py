@@ -69,7 +69,8 @@ class Trainer:
         self.device = ds.join(rendezvous, rank, world)
         made = setup.prepare(job, self.device)
         self.family, self.tokenizer, self.config = made.family, made.tokenizer, made.config
-        self.engine, self.group_labels = made.engine, made.labels
+        self.engine, self.group_labels, self.adapters = made.engine, made.labels, made.table.adapters
+        self.noise = made.noise
         self.objective = OBJECTIVES[job.stage.objective.kind]
         self.reference: Reference | None = None
         self.health = Health(job.stage.health)
@@ -78,6 +79,8 @@ class Trainer:
         self.summary: dict[str, Any] = made.table.as_json()
         if rank == 0:
             emit(event="table", text=made.table.as_text())
+            for note in made.notes:
+                emit(event="note", text=note)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -109,6 +112,7 @@ class Trainer:
             StepFailed: a step is not healthy and the recipe says stop (names the samples).
             StorageError: no checkpoint can be written, and there is none to fall back to.
         """
+        from vlmflow.training import compiled
         from vlmflow.training import engine as ds
         from vlmflow.training.optimizer import named_rates, rate
         from vlmflow.training.record import step_record
@@ -132,6 +136,8 @@ class Trainer:
                 if self.writer is not None:
                     self.writer.poll()
                 now = time.perf_counter()
+                if self.rank == 0 and step == first and self.stage.memory.compile:
+                    emit(event="note", text=compiled.cost())
                 if self.rank == 0:
                     record = step_record(
                         self.plan,
@@ -143,7 +149,7 @@ class Trainer:
                         now - started,
                         loader.waited,
                         self.device,
-                        result.metrics,
+                        result.metrics | ({"noise_norm": self.noise.norm() or 0.0} if self.noise else {}),
                     )
                     record |= {"checkpoint_wait": round(self.saving / (now - started), 4), **result.trouble}
                     log.step(step, record)
@@ -344,9 +350,10 @@ class Trainer:
 
     def _finish(self) -> None:
         """Rank 0 writes the model folder: weights and config of the trained model, the rest as it was."""
+        from vlmflow.training import adapters
         from vlmflow.training import engine as ds
 
-        state = ds.export_state(self.engine)
+        state = ds.export_state(self.engine, exact=adapters.is_part)
         if self.rank:
             return
         out = self.job.out
@@ -357,7 +364,7 @@ class Trainer:
                 target = out / path.relative_to(initial)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-        self.engine.module.save_pretrained(out, state_dict=state)
+        self.engine.module.save_pretrained(out, state_dict=adapters.merge(state, self.adapters))
         if (ema := self.engine.ema) is not None:
             text = f"published is the moving average of the weights (decay {ema.decay:g}) over {ema.taken} steps"
             emit(event="note", text=text)

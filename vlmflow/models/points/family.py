@@ -67,4 +67,5 @@ POINTS = Family(
         "vision.ocr": r"model\.vision_tower_ocr\.encoder\.layers\.(\d+)\.",
         "language": r"model\.language_model\.(?:layers|h|blocks)\.(\d+)\.",
     },
+    language="model.language_model",
 )

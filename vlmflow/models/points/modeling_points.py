@@ -64,12 +64,15 @@ def pixel_shuffle(features: torch.Tensor, factor: int) -> torch.Tensor:
     return blocks.reshape(tiles, half * half, factor * factor * width)
 
 
-def target_loss(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module, reduction: str = "sum") -> torch.Tensor:
+def target_loss(
+    hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module, rows: int | None = None, reduction: str = "sum"
+) -> torch.Tensor:
     """Cross-entropy in nats of rows `hidden` [n, D] against `labels` [n], in fp32: summed, or [n] with "none".
 
-    Only target rows ever meet the head; above LOSS_ELEMENTS logits they do so in chunks whose logits are recomputed
-    in the backward pass, so the full [n, V] matrix never exists. The head is called once, with the chunks inside: ZeRO 3
-    gathers a module's weights around each call and needs equally many calls on every rank, whatever their targets.
+    Only target rows ever meet the head; above `rows` of them (default: LOSS_ELEMENTS logits) they do so in chunks whose
+    logits are recomputed in the backward pass, so the full [n, V] matrix never exists. The head is called once, with the
+    chunks inside: ZeRO 3 gathers a module's weights around each call and needs equally many calls on every rank, whatever
+    their targets.
     """
     logits = head.forward
 
@@ -78,12 +81,12 @@ def target_loss(hidden: torch.Tensor, labels: torch.Tensor, head: nn.Module, red
 
     def whole(hidden: torch.Tensor) -> torch.Tensor:
         vocabulary: Any = head.out_features
-        rows = max(1, LOSS_ELEMENTS // vocabulary)
-        if hidden.shape[0] <= rows:
+        most = rows or max(1, LOSS_ELEMENTS // vocabulary)
+        if hidden.shape[0] <= most:
             return piece(hidden, labels)
         parts = [
-            checkpoint(piece, hidden[i : i + rows], labels[i : i + rows], use_reentrant=False)
-            for i in range(0, hidden.shape[0], rows)
+            checkpoint(piece, hidden[i : i + most], labels[i : i + most], use_reentrant=False)
+            for i in range(0, hidden.shape[0], most)
         ]
         return torch.cat(parts) if reduction == "none" else torch.stack(parts).sum()
 
@@ -228,6 +231,7 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}  # noqa: RUF012
     accepts_loss_only = True
+    loss_rows: int | None = None  # rows of logits in memory at once while training; None = up to LOSS_ELEMENTS logits
 
     def __init__(self, config: PointsConfig) -> None:
         super().__init__(config)
@@ -305,7 +309,7 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
             targets = wanted.sum()
             if values.numel():
                 reduction = "none" if target_losses else "sum"
-                loss_sum = target_loss(hidden[:, :-1][wanted], values, self.lm_head, reduction)
+                loss_sum = target_loss(hidden[:, :-1][wanted], values, self.lm_head, self.loss_rows, reduction)
             else:  # no target: zero that still reaches every parameter's graph, so that no rank waits for another
                 zero = self.lm_head(hidden[:, :1]).float().sum() * 0.0
                 loss_sum = zero.reshape(1)[:0] if target_losses else zero
