@@ -25,7 +25,7 @@ pytest.importorskip("deepspeed")
 
 from vlmflow.training import adapters  # noqa: E402
 
-STAGES = (0, 1, 2)
+STAGES = (0, 1, 2, 3)
 DORA = {"kind": "dora", "rank": 4, "alpha": 8.0}
 MIXED = [
     {"modules": "projector", "lr": 0.01},
@@ -230,7 +230,7 @@ def refused(*rules: dict[str, Any]) -> str:
     specs = [TrainRule(**r) for r in rules]
     sizes = {n: p.numel() for n, p in model.named_parameters()}
     with pytest.raises(RecipeError) as caught:
-        made = [Rule(r.modules, r.lr, r.last, r.weight_decay, r.adapter) for r in specs]
+        made = [Rule(r.modules, r.lr, r.last, adapter=r.adapter) for r in specs]
         make_table(sizes, made, family.roles, family.unused, family.layers, adapters.adaptable(model))
     return str(caught.value)
 
@@ -262,3 +262,22 @@ def test_output_head_is_adapted_only_by_name_and_attention_blocks_of_torch_never
     assert found.choose(0, "re:lm_head", ["lm_head.weight"]) == ["lm_head.weight"]
     block = torch.nn.ModuleDict({"pool": torch.nn.MultiheadAttention(8, 2), "mlp": torch.nn.Linear(8, 8)})
     assert adapters.adaptable(block).weights == {"mlp.weight"}
+
+
+def test_planning_counts_adapters_without_weights() -> None:
+    """On the meta device the same table and a cost between that of a frozen and of a trained language model."""
+    from vlmflow.training import shape
+
+    def stage(*rules: dict[str, Any]) -> Any:
+        return training.stage_of(world.recipe(train=list(rules)), "sft")
+
+    config, family = models_tiny.build().config, models_tiny.FAMILY
+    lora = {"modules": "language", "lr": 0.01, "adapter": {"kind": "dora", "rank": 2}}
+    table = shape.apply_rules(shape.blank(config), family, stage(lora))
+    assert {r.note.split(",")[0] for r in table.rows} >= {"dora of rank 2", "under adapters"}
+    projector = {"modules": "projector", "lr": 0.01}
+    costs = [
+        shape.stage_cost(config, family, stage(*rules)).cost(100, 1000, 2)
+        for rules in ([projector], [projector, lora], [projector, {"modules": "language", "lr": 0.01}])
+    ]
+    assert costs == sorted(costs) and len(set(costs)) == 3

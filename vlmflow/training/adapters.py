@@ -144,13 +144,15 @@ def attach(model: torch.nn.Module, layers: Mapping[str, AdapterSpec], seed: int)
         with _whole(base):  # DoRA's magnitude begins as the norm of its rows
             layer = Linear(base, ADAPTER, config, r=spec.rank, lora_alpha=alpha)
         _bring_along(layer, base)
+        setattr(_parent(model, name), name.rpartition(".")[2], layer)
+        made[weight] = [f"{name}.{n}" for n, _ in layer.named_parameters() if not n.startswith("base_layer.")]
         first = layer.lora_A[ADAPTER].weight
+        if first.is_meta:  # a model that is only counted
+            continue
         generator = torch.Generator().manual_seed(int(digest([seed, weight])[:15], 16))
         bound = 1 / math.sqrt(first.shape[1])  # Kaiming with a = sqrt(5), as LoRA's authors start A
         with torch.no_grad():
             first.copy_((torch.rand(first.shape, generator=generator) * 2 - 1) * bound)
-        setattr(_parent(model, name), name.rpartition(".")[2], layer)
-        made[weight] = [f"{name}.{n}" for n, _ in layer.named_parameters() if not n.startswith("base_layer.")]
         if spec.kind == "dora" and not bool(layer.lora_magnitude_vector[ADAPTER].weight.all()):
             raise ModelError(
                 f"{weight} has a row of zeros, whose direction DoRA would divide by its length of 0; every value after it would be NaN. "

@@ -44,14 +44,10 @@ def blank(config: Any, dtype: Any = None) -> Any:
 
 
 def apply_rules(model: Any, family: Family, stage: StageSpec) -> Table:
-    """Set `requires_grad` by the rules of a stage; the table of what trains. Raises RecipeError as `make_table`."""
-    from vlmflow.training.optimizer import Rule, make_table
+    """Set `requires_grad` by the rules of a stage, adapters attached; the table of what trains. Raises RecipeError."""
+    from vlmflow.training import setup
 
-    rules = [Rule(r.modules, r.lr, r.last, r.weight_decay) for r in stage.train]
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    table = make_table(sizes, rules, family.roles, family.unused, family.layers)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in table.rule_of)
+    table, _ = setup.apply_rules(model, family, stage, 0)
     return table
 
 
