@@ -1,70 +1,67 @@
-"""Commands that look ahead: what a training would do, before anything is spent on it."""
+"""`vlmflow plan`: what a recipe will do and need, before anything is started."""
 
 from __future__ import annotations
 
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from vlmflow.cli_options import Output, OutputOption, Overrides, RecipeArgument, StateOption
+from vlmflow.cli_options import Output, OutputOption, RecipeArgument, StateOption
 
-if TYPE_CHECKING:
-    from vlmflow.dataset.manifest import Manifest
-    from vlmflow.models.store import ModelRef
-    from vlmflow.recipe import Recipe
-
-plan_app = typer.Typer(no_args_is_help=True, help="What a training will do and need, before it starts.")
-
-StageOption = Annotated[list[str] | None, typer.Option("--stage", help="Only this stage; may be given again.")]
-ProcessesOption = Annotated[
-    int | None, typer.Option("--processes", min=1, help="Ranks to deal to; default: the stage's.")
-]
-DataOption = Annotated[
-    list[str] | None, typer.Option("--data", metavar="NAME=URI", help="Manifest of a dataset; default: the last run's.")
-]
-ModelOption = Annotated[
-    str | None, typer.Option("--model", metavar="URI", help="model.json with the tokenizer; default: the last run's.")
-]
-PageOption = Annotated[Path | None, typer.Option("--page", help="HTML page to write; default: in the state folder.")]
+plan_app = typer.Typer(no_args_is_help=True, help="What a recipe will do and need, before anything is started.")
 
 
 @plan_app.command("data")
-def plan_data(
+def data(
     recipe: RecipeArgument,
-    overrides: Overrides = None,
-    stage: StageOption = None,
-    processes: ProcessesOption = None,
-    data: DataOption = None,
-    model: ModelOption = None,
-    page: PageOption = None,
+    arguments: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[STAGE] [SECTION.KEY=VALUE]...", help="One stage instead of all; changes to the recipe."
+        ),
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Ranks that packs are dealt to; default: the stage's.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None,
+        typer.Option("--data", metavar="NAME=URI", help="Manifest of a dataset; default: the last run's."),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="URI", help="model.json of the model whose tokenizer counts; default: the last run's."),
+    ] = None,
+    page: Annotated[Path | None, typer.Option(help="HTML page to write; default: in the state folder.")] = None,
     state_dir: StateOption = Path(".vlmflow"),
     output: OutputOption = Output.text,
 ) -> None:
-    """Print how each stage's data are mixed and packed: steps, fill, padding, imbalance, drops and shares."""
+    """How each stage's data are mixed and packed: steps, fill, padding, imbalance, shares, and what is left out."""
     from rich.console import Console
 
-    from vlmflow import local
+    from vlmflow import local, plan_data
     from vlmflow.dataset import manifest
     from vlmflow.models.store import load_ref
     from vlmflow.recipe import load
     from vlmflow.storage_file import write_atomically
     from vlmflow.training import plan_view
 
-    loaded = load(recipe, overrides or [])
+    stages = [text for text in arguments or [] if "=" not in text]
+    if len(stages) > 1:
+        raise typer.BadParameter(f"one stage at most, found {', '.join(stages)}; changes are written SECTION.KEY=VALUE")
+    loaded = load(recipe, [text for text in arguments or [] if "=" in text])
     state = state_dir.absolute()
-    labels = _labels(loaded, stage or [])
-    if "VLMFLOW_SCRATCH" not in os.environ:
-        os.environ["VLMFLOW_SCRATCH"] = str(state / "scratch")
-    given = _given(loaded, data or [])
-    manifests, init = _last_run(loaded, recipe, state, labels, set(given), model is not None)
+    labels = plan_data.labels_of(loaded, stages)
+    given = plan_data.given_data(loaded, dataset or [])
+    manifests, init = plan_data.from_last_run(loaded, recipe, state, labels, set(given), model is not None)
+    os.environ.setdefault("VLMFLOW_SCRATCH", str(state / "scratch"))
     with local.stack(state, Console(highlight=False, stderr=True)):
         manifests |= {name: manifest.load(uri) for name, uri in given.items()}
         init = load_ref(model) if model else init
         assert init is not None
-        plans = _plans(loaded, labels, manifests, init, processes)
+        plans = plan_data.plans_of(loaded, labels, manifests, init, processes)
     target = page or state / "plans" / f"{loaded.name}.html"
     target.parent.mkdir(parents=True, exist_ok=True)
     text = plan_view.page(f"Data plan of {loaded.name}", plans)
@@ -74,12 +71,12 @@ def plan_data(
         typer.echo(json.dumps({"stages": numbers, "page": str(target)}, indent=1, ensure_ascii=False))
         return
     for name, (_, summary) in plans.items():
-        typer.echo(_text(name, summary))
+        typer.echo(plan_data.as_text(name, summary))
     typer.echo(f"page  {target}")
 
 
 @plan_app.command("train")
-def plan_train(
+def train(
     recipe: RecipeArgument,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs over all nodes.")],
     memory: Annotated[float, typer.Option(min=0.0, help="GiB of one GPU.")],
