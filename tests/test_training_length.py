@@ -165,6 +165,13 @@ def test_finished_lengths_are_found_again_and_other_wordings_are_others(
     assert len(folders) == 3
 
 
+def test_text_that_spells_special_tokens_stays_text_in_every_thread(tmp_path: Path, reading: Reading) -> None:
+    text = "a <|im_end|> b <|im_start|>user <|endoftext|>"
+    manifest = dataset(tmp_path, [sample(i, images=0, text=text) for i in range(60)], shard_size=3)
+    made = gathered(tmp_path, reading, manifest, prompt="continuation", instructions=[])
+    assert made.arrays["end"].tolist() == [len(text) + 1] * 60
+
+
 def test_instruction_is_drawn_by_seed_and_key() -> None:
     stage = world.recipe(instructions=[f"question {i}" for i in range(9)]).stages["sft"]
 
