@@ -99,7 +99,7 @@ def test_data_that_is_not_there_is_named_with_the_command_to_run(
     assert not list(tmp_path.iterdir()), "nothing was started for it"
     code, _, err = call(capsys, recipe, "--state-dir", str(state), "--data", "sead=x")
     assert code == 2 and "one of ['seed']" in err
-    code, _, err = call(capsys, recipe, "--state-dir", str(state), "--stage", "align")
+    code, _, err = call(capsys, recipe, "align", "--state-dir", str(state))
     assert code == 2 and "stage 'align' is not in the recipe" in err
 
 

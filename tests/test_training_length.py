@@ -20,7 +20,7 @@ from vlmflow.errors import DataError, StepFailed
 from vlmflow.training import length, pool, prepare
 from vlmflow.training.examples import KINDS, Encoder, Wording, render
 from vlmflow.training.length import Reading
-from vlmflow.training.plan import Item
+from vlmflow.training.plan import Item, make_plan
 
 TILE_TOKENS = 4
 CONFIG = SimpleNamespace(tile=28, max_tiles=2, tokens_per_tile=TILE_TOKENS, image_token_id=258)
@@ -146,7 +146,11 @@ def test_failures_are_counted_with_reason_and_example(tmp_path: Path, reading: R
     with pytest.raises(StepFailed, match=r"4 of 20 samples \(20.0%\).*failure_limit 10.0%.*k00"):
         prepare.plan_of(ctx, stage, made, reading)
     lax = stage.model_copy(update={"failure_limit": 0.2})
-    assert prepare.plan_of(ctx, lax, made, reading).report["samples"] == 16
+    plan = make_plan(made, lax, 0, prepare.visual_of(reading), world.COST)
+    assert plan.report["samples"] == 16
+    prepare.check(plan, lax)
+    with pytest.raises(StepFailed, match="failure_limit 10.0%"):
+        prepare.check(plan, stage)
 
 
 def test_finished_lengths_are_found_again_and_other_wordings_are_others(
@@ -163,6 +167,13 @@ def test_finished_lengths_are_found_again_and_other_wordings_are_others(
     gathered(tmp_path, other, manifest)
     folders = {uri.uri.rsplit("/", 2)[1] for uri in storage.list_uris(storage.join(str(tmp_path), "layers", "length"))}
     assert len(folders) == 3
+
+
+def test_text_that_spells_special_tokens_stays_text_in_every_thread(tmp_path: Path, reading: Reading) -> None:
+    text = "a <|im_end|> b <|im_start|>user <|endoftext|>"
+    manifest = dataset(tmp_path, [sample(i, images=0, text=text) for i in range(60)], shard_size=3)
+    made = gathered(tmp_path, reading, manifest, prompt="continuation", instructions=[])
+    assert made.arrays["end"].tolist() == [len(text) + 1] * 60
 
 
 def test_instruction_is_drawn_by_seed_and_key() -> None:

@@ -34,7 +34,10 @@ class DataUse(Section):
 
 
 class TextShareSpec(Section):
-    """Share of text-only samples among those shown, falling or rising linearly (DeepSeek-VL: 1.0 to 0.7)."""
+    """Share of text-only samples among those shown, falling or rising linearly (DeepSeek-VL: 1.0 to 0.7).
+
+    Kept at every point of the training; the kind of samples that runs out is shown again, in further passes.
+    """
 
     start: Share = Field(1.0, description="share at the first step")
     end: Share = Field(description="share after the warm-up, until the last step")

@@ -7,6 +7,7 @@ cannot be trained on has a reason instead, and is never silently given a loss of
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -48,6 +49,7 @@ class Reading:
     """What measuring needs of a model: no weights.
 
     Attributes:
+        tokenizer: a fast one, used for this alone: special tokens that a text spells out stay plain characters in it.
         tokenizer_digest: hash of the tokenizer's files.
     """
 
@@ -55,6 +57,10 @@ class Reading:
     tokenizer: Any
     config: Any
     tokenizer_digest: str
+
+    def __post_init__(self) -> None:
+        # `models.family.tokenize` sets this for each call and puts it back, which threads that share the tokenizer cannot.
+        self.tokenizer.backend_tokenizer.encode_special_tokens = True
 
     def expand(self, segments: list[Any], images: int) -> tuple[np.ndarray, np.ndarray]:
         """(ids, target flags) of rendered segments as if their images had no tile."""
@@ -110,6 +116,7 @@ def measured(ctx: Context, manifest: Manifest, use: DataUse, stage: StageSpec, s
         schema=SCHEMA,
         compute=compute,
         reads=[*reads, *(["keep"] if use.keep else [])],
+        workers=os.cpu_count() or 1,  # a tokenizer works outside the interpreter lock
         failure_limit=1.0,  # judged over all ingredients of the stage, by the stage's own limit
     )
 

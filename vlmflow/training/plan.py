@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vlmflow.recipe.stage import StageSpec
     from vlmflow.training.pool import Dropped, Examples, Pieces, ShardUse, Visual
 
-VERSION = 2
+VERSION = 2  # raise when the same arguments would give another plan, or a stage another cost model
 BLOCK = 4096  # samples drawn at a time, at most
 POINTS = 256  # and at least this many draws over the training, so that a ramp is followed closely
 SHARPNESS = 64  # where the mixture changes over the training, a sample moves by at most about this part of it

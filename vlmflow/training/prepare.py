@@ -5,6 +5,7 @@ It runs once, in the process that launches the ranks, so none of them waits in a
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 def reading(ctx: Context, init: ModelRef) -> Reading:
     """Tokenizer and configuration of a model, without its weights. Raises ModelError when they cannot be read."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads over shards; not threads for each text as well
     from transformers import AutoConfig, AutoTokenizer
 
     from vlmflow import models
