@@ -161,7 +161,7 @@ def test_cut_and_unfinished_checkpoints_are_passed_over(place: Any, capsys: pyte
     assert "not finished" in said and "cut or changed" in said and f"resumed at step {steps[0]}" in said
 
 
-@pytest.mark.parametrize("stage", [{}, {"zero": 2}])
+@pytest.mark.parametrize("stage", [{}, {"zero": 2}, {"zero": 3, "ema": 0.9}])
 def test_a_captured_state_does_not_change_with_training(place: Any, stage: dict[str, Any]) -> None:
     """It is written by a thread while training goes on."""
     from vlmflow.training import engine
