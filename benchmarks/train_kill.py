@@ -6,8 +6,9 @@ Trains one tiny stage twice through the training step: once undisturbed, once wi
 the launcher, to everything while it starts, and to everything while a checkpoint is being written (the driver watches
 the store and the work folder, and strikes when a part of it lies there), and the same command again after each. After
 every kill the store is looked at: which checkpoints are complete by their own hashes, which are partial. The next
-attempt must say that it goes on from the newest complete one, and name the partial ones that it passed over. At the end
-weights and losses must be equal. Prints one table and writes JSON; exits non-zero when anything differs.
+attempt must say that it goes on from the newest complete one, and name the partial ones that it passed over. SIGTERM
+(``--terms``) must leave a checkpoint of the step in progress and exit code 75. At the end weights and losses must be
+equal. Prints one table and writes JSON; exits non-zero when anything differs.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ from vlmflow.digest import sha256_file  # noqa: E402
 from vlmflow.training import checkpoint  # noqa: E402
 
 KINDS = ("one rank", "all ranks", "launcher", "while starting", "during a write")
+TERMS = ("SIGTERM to one rank", "SIGTERM to all", "SIGTERM to the launcher")
+PREEMPTED = 75
 WIDTH = {
     "hidden_size": 192,
     "intermediate_size": 512,
@@ -131,13 +134,15 @@ class Attempt:
         return found
 
     def strike(self, kind: str, chance: random.Random) -> list[int]:
-        """SIGKILL; returns all processes that there were."""
+        """Send the signal; returns all processes that there were."""
         below = process_tree.descendants(self.process.pid)
-        ranks = self.ranks()
-        victims = {"one rank": ranks and [chance.choice(ranks)], "all ranks": ranks, "launcher": [self.process.pid]}
-        for pid in victims.get(kind) or [self.process.pid, *below]:
+        ranks, launcher = self.ranks(), [self.process.pid]
+        one = ranks and [chance.choice(ranks)]
+        victims = {"one rank": one, "all ranks": ranks, "launcher": launcher}
+        victims |= {"SIGTERM to one rank": one, "SIGTERM to the launcher": launcher}
+        for pid in victims.get(kind) or [*launcher, *below]:
             try:
-                os.kill(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGTERM if kind in TERMS else signal.SIGKILL)
             except ProcessLookupError:
                 continue
         return below
@@ -196,7 +201,8 @@ def hit(attempt: Attempt, kind: str, target: int, folder: Path, startup: float, 
 def killed(state: Path, store: str, folder: Path, startup: float, arguments: argparse.Namespace) -> dict[str, Any]:
     """The run with kills; returns its kills and what was not as it must be."""
     chance = random.Random(arguments.seed)
-    kinds = [kind for _ in range(arguments.kills) for kind in arguments.kinds][: arguments.kills]
+    kinds = [arguments.kinds[i % len(arguments.kinds)] for i in range(arguments.kills)]
+    kinds += [TERMS[i % len(TERMS)] for i in range(arguments.terms)]
     chance.shuffle(kinds)
     kills: list[dict[str, Any]] = []
     problems: list[str] = []
@@ -223,8 +229,9 @@ def killed(state: Path, store: str, folder: Path, startup: float, arguments: arg
         at = attempt.done() if attempt.done() >= 0 else kills[-1]["at_step"] if kills else 0
         kills.append({"kind": kind, "at_step": at, "complete": complete, "partial": partial})
         print(f"kill {len(kills)}: {kind} at step {at}, complete {complete}, partial {partial}", flush=True)
-        if pids and not complete and at >= 2 * EVERY + 2:
-            problems.append(f"kill {len(kills)}: no complete checkpoint at step {at}")
+        code = attempt.process.returncode
+        if kind in TERMS and (code != PREEMPTED or max(complete, default=0) < at):
+            problems.append(f"{kind} at step {at}: exit code {code} instead of {PREEMPTED}, complete {complete}")
     return {"kills": kills, "attempts": number, "problems": problems}
 
 
@@ -299,12 +306,12 @@ def compare(arguments: argparse.Namespace, state: Path) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """One line a kind of kill."""
-    lines = [f"{'killed':<18}{'kills':>6}{'steps redone':>14}{'partial left':>14}{'passed over':>13}"]
-    for kind in KINDS:
+    lines = [f"{'killed':<26}{'kills':>6}{'steps redone':>14}{'partial left':>14}{'passed over':>13}"]
+    for kind in (*KINDS, *TERMS):
         kills = [k for k in result["kills"] if k["kind"] == kind]
         newer = sum(step > max(k["complete"], default=0) for k in kills for step in k["partial"])
         redone, partial = sum(k.get("redone", 0) for k in kills), sum(bool(k["partial"]) for k in kills)
-        lines.append(f"{kind:<18}{len(kills):>6}{redone:>14}{partial:>14}{newer:>13}")
+        lines.append(f"{kind:<26}{len(kills):>6}{redone:>14}{partial:>14}{newer:>13}")
     verdict = "bit-identical to the undisturbed run" if not result["problems"] else "NOT as it must be"
     return "\n".join([*lines, f"{result['store']}://, {result['attempts']} starts, weights and losses: {verdict}"])
 
@@ -313,6 +320,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run the comparison; 0 when nothing differs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--terms", type=int, default=3, help="SIGTERMs among the kills")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--store", choices=["file", "s3"], default="file", help="s3 = a server of the local stack")
     parser.add_argument("--processes", type=int, default=2)

@@ -77,7 +77,7 @@ def writer(base: str, work: Path, told: Told, **fields: Any) -> Writer:
 
 
 def saved(made: Writer, step: int) -> None:
-    assert made.ready()
+    assert made.ready(30)
     made.write(snapshot(step))
 
 
@@ -299,7 +299,7 @@ def test_a_disk_full_at_any_write_leaves_the_checkpoint_before(tmp_path: Path, m
         with monkeypatch.context() as patched:
             disk = FullDisk(patched, lambda n, at=at: n >= at)  # type: ignore[misc]
             saved(made, 6)
-            assert made.ready()
+            assert made.ready(30)
             if disk.count < at:
                 break
         assert "CHECKPOINT NOT WRITTEN at step 6" in told.notes() and "falls back to step 3" in told.notes()
@@ -308,7 +308,7 @@ def test_a_disk_full_at_any_write_leaves_the_checkpoint_before(tmp_path: Path, m
         assert before.items() <= {i.uri: storage.read_bytes(i.uri) for i in storage.list_uris(base)}.items()
         assert list(work.iterdir()) == [], "what could not be written frees its space"
         saved(made, 9)  # space was made
-        assert made.ready() and holds(checkpoint.newest(base, work)[0], 9) and complete(base) == [9]
+        assert made.ready(30) and holds(checkpoint.newest(base, work)[0], 9) and complete(base) == [9]
     assert at > 10 and complete(base) == [6]
 
 
@@ -319,7 +319,7 @@ def test_a_disk_full_for_a_moment_costs_only_another_attempt(tmp_path: Path, mon
         with monkeypatch.context() as patched:
             FullDisk(patched, lambda n, at=at: n == at)  # type: ignore[misc]
             saved(made, 3)
-            assert made.ready()
+            assert made.ready(30)
         assert told.written() == [3] and holds(checkpoint.newest(base, work)[0], 3)
 
 
@@ -349,7 +349,7 @@ def test_a_store_that_fails_one_call_in_twenty(base: str, work: Path, monkeypatc
             patched.setattr(storage, name, flaky(getattr(storage, name)))
         for step in range(1, 61):
             saved(made, step)
-    assert made.ready()
+    assert made.ready(30)
     assert failures > 20 and calls > 500
     assert told.written() == list(range(1, 61)), told.notes()
     assert holds(checkpoint.newest(base, work)[0], 60)
@@ -397,19 +397,19 @@ def test_without_any_checkpoint_a_failing_store_ends_the_training(
         made = writer(base, work, Told())
         saved(made, 3)
         with pytest.raises(type(error), match=str(error)):
-            made.ready()
+            made.ready(30)
         assert len(tries) == attempts
         told = Told()
         made = writer(base, work, told, complete=1)
         saved(made, 3)
-        assert made.ready() and made.complete == 1 and str(error) in told.notes()
+        assert made.ready(30) and made.complete == 1 and str(error) in told.notes()
 
 
 def test_a_defect_is_not_taken_for_a_failing_store(base: str, work: Path) -> None:
     made = writer(base, work, Told(), complete=1)
     made.write(Snapshot(3, {"a": torch.zeros(2, dtype=torch.bfloat16)}, {}, STATE, ""))
     with pytest.raises(TypeError):
-        made.ready()
+        made.ready(30)
 
 
 def test_old_checkpoints_that_cannot_be_deleted_are_said(
@@ -418,7 +418,7 @@ def test_old_checkpoints_that_cannot_be_deleted_are_said(
     told = Told()
     made = writer(base, work, told, keep=1)
     saved(made, 3)
-    assert made.ready()
+    assert made.ready(30)
     delete = storage.delete
 
     def refused(uri: str) -> None:
@@ -428,7 +428,7 @@ def test_old_checkpoints_that_cannot_be_deleted_are_said(
 
     monkeypatch.setattr(storage, "delete", refused)
     saved(made, 6)
-    assert made.ready() and told.written() == [3, 6] and "no deleting here" in told.notes()
+    assert made.ready(30) and told.written() == [3, 6] and "no deleting here" in told.notes()
 
 
 @pytest.mark.parametrize("given", ["soon", "-1", "inf", "nan"])

@@ -139,7 +139,7 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return set(a) == set(b) and all(torch.equal(a[n], b[n]) for n in a)
 
 
-ENGINES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
+ENGINES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
 
 
 @pytest.mark.parametrize(("zero", "dtype"), ENGINES)
@@ -147,6 +147,7 @@ ENGINES = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
 def test_a_skipped_step_leaves_no_trace(place: Any, zero: int, dtype: str, what: str) -> None:
     """Weights and moments are those before it, the optimizer counts it not, and no gradient is left for the next."""
     from vlmflow.training import engine as ds
+    from vlmflow.training.engine_state import base_optimizer
 
     job = make_job(place, f"{what}{zero}{dtype}", zero=zero, dtype=dtype, health={"not_finite": "skip"}, max_steps=3)
     made = trainer(job, {1: (what, 0)})
@@ -165,14 +166,14 @@ def test_a_skipped_step_leaves_no_trace(place: Any, zero: int, dtype: str, what:
     (first, m1), (second, m2), (third, m3) = seen
     assert same(first, second) and same(m1, m2)
     assert not same(second, third) and all(torch.isfinite(t).all() for t in [*third.values(), *m3.values()])
-    assert {float(s["step"]) for s in ds._base(made.engine).state.values()} == {2.0}
+    assert {float(s["step"]) for s in base_optimizer(made.engine).state.values()} == {2.0}
     log = log_of(job)
     assert [r["step"] for r in log if "skipped" in r] == [1]
     assert log[1]["samples"] and log[1]["loss" if what == "loss" else "grad_norm"] is None
     assert next(iter(log[1]["samples"].values())) == keys[1]
 
 
-@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("zero", [0, 2, 3])
 def test_a_run_that_skipped_resumes_bit_by_bit(place: Any, zero: int) -> None:
     """AdamW's own count of steps is behind the step number, and what is a spike depends on the losses before."""
     poisoned = {1: ("loss", 0), 18: (50.0, 0), 21: (50.0, 0)}
@@ -221,7 +222,7 @@ def test_a_bad_step_stops_before_anything_changed(place: Any) -> None:
 def test_two_ranks_decide_together(place: Any) -> None:
     """One rank's NaN is skipped by both, which go on together; at the limit both stop and name both ranks' samples."""
     stage = {"processes": 2, "health": {"not_finite": "skip", "skips": 2}, "packs": 2, "epochs": 3}
-    skip = [make_job(place, f"two{zero}", zero=zero, **stage) for zero in (0, 1, 2)]
+    skip = [make_job(place, f"two{zero}", zero=zero, **stage) for zero in (0, 1, 2, 3)]
     stop = make_job(place, "limit", **stage)
     jobs: list[Any] = [[f"{job.work}/job.json", {1: ["loss", 1], 2: ["gradient", 0]}] for job in skip]
     jobs.append([f"{stop.work}/job.json", {step: ["loss", 1] for step in range(4)}])
@@ -241,12 +242,12 @@ def test_two_ranks_decide_together(place: Any) -> None:
 
 def ranks(jobs: list[Any], meeting: Path) -> list[tuple[int, str]]:
     """(exit code, output) of two ranks that train the jobs."""
-    from vlmflow.training.launch import rank_environment
+    from vlmflow.training.launch import Node, rank_environment
 
     script = str(Path(__file__).with_name("health_rank.py"))
     processes = []
     for rank in (0, 1):
-        env = rank_environment(rank, 2, str(meeting), 1)
+        env = rank_environment(rank, Node(2), str(meeting), 1)
         env.pop("VLMFLOW_LAUNCHER")
         command = [sys.executable, script, str(rank), "2", str(meeting), json.dumps(jobs)]
         out = subprocess.PIPE
@@ -257,7 +258,7 @@ def ranks(jobs: list[Any], meeting: Path) -> list[tuple[int, str]]:
 def test_a_weight_that_is_not_a_number_is_named_before_training(place: Any) -> None:
     from safetensors.torch import load_file, save_file
 
-    for number, value in enumerate((math.nan, math.inf)):
+    for number, (value, zero) in enumerate(((math.nan, 0), (math.inf, 3))):
         folder = place.root / f"bad{number}"
         shutil.copytree(storage.local_path(place.init.uri), folder, ignore=shutil.ignore_patterns("model.json"))
         tensors = load_file(folder / "model.safetensors")
@@ -266,7 +267,7 @@ def test_a_weight_that_is_not_a_number_is_named_before_training(place: Any) -> N
         save_file(tensors, folder / "model.safetensors", {"format": "pt"})
         ctx = world.context(place.root / f"weight{number}", world.recipe())
         init = publish(ctx, folder, "bad", ModelLineage(step="initial"), f"bad{number}")
-        job = make_job(SimpleNamespace(**vars(place) | {"init": init}), f"weight{number}")
+        job = make_job(SimpleNamespace(**vars(place) | {"init": init}), f"weight{number}", zero=zero)
         with pytest.raises(ModelError, match="not finite") as error:
             trainer(job, {})
         assert name.split(".", 2)[-1] in str(error.value) and not os.path.exists(job.log)

@@ -99,6 +99,36 @@ def test_given_run_is_used(server: Server, tmp_path: Path, monkeypatch: pytest.M
     assert {name for name, _ in server.calls} == {"runs/log-batch"}, "a run that others made is theirs to end"
 
 
+def test_a_continued_run_is_opened_and_ended_again(server: Server, tmp_path: Path) -> None:
+    tracker, _ = log.tracker_from_environment("exp", "n", "sft/", {}, {}, earlier="before")
+    log.TrainLog(tmp_path / "log.jsonl", "", tracker).close("KILLED")
+    updates = [body for name, body in server.calls if name == "runs/update"]
+    assert [(u["run_id"], u["status"]) for u in updates] == [("before", "RUNNING"), ("before", "KILLED")]
+
+
+def test_a_refused_batch_does_not_leave_the_run_open(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """MLflow answers 400 to a param that has changed."""
+    plain = Handler.reply
+
+    def reply(self: Handler, code: int, body: dict[str, Any]) -> None:
+        changed = self.path.endswith("log-batch") and self.server.calls[-1][1].get("params")
+        plain(self, 400 if changed else code, body)
+
+    monkeypatch.setattr(Handler, "reply", reply)
+    made = tracked(tmp_path / "log.jsonl")
+    assert made.tracker and "400" in made.tracker.problem
+    assert server.calls[-1][0] == "runs/update" and server.calls[-1][1]["status"] == "FINISHED"
+
+
+def test_numbers_that_are_not_finite_stay_json(tmp_path: Path) -> None:
+    made = log.TrainLog(tmp_path / "log.jsonl")
+    made.step(0, {"loss": float("nan"), "grad_norm": float("inf"), "lr": {"a": 0.1}})
+    record = json.loads(made.text(), parse_constant=pytest.fail)
+    assert record == {"step": 0, "loss": None, "grad_norm": None, "lr": {"a": 0.1}}
+
+
 def test_dead_server_is_reported_and_the_file_is_whole(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

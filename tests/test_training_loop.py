@@ -161,6 +161,80 @@ def test_cut_and_unfinished_checkpoints_are_passed_over(place: Any, capsys: pyte
     assert "not finished" in said and "cut or changed" in said and f"resumed at step {steps[0]}" in said
 
 
+@pytest.mark.parametrize("stage", [{}, {"zero": 2}, {"zero": 3, "ema": 0.9}])
+def test_a_captured_state_does_not_change_with_training(place: Any, stage: dict[str, Any]) -> None:
+    """It is written by a thread while training goes on."""
+    from vlmflow.training import engine
+
+    made = trainer(make_job(place, f"captured{len(stage)}", max_steps=2, **stage))
+    taken: list[Any] = []
+    step = made._step
+
+    def watched(number: int, micros: list[Any]) -> Any:
+        result = step(number, micros)
+        weights, moments = engine.capture(made.engine)
+        taken.append(({**weights, **moments}, {n: t.clone() for n, t in {**weights, **moments}.items()}))
+        return result
+
+    made._step = watched
+    made.run()
+    assert same(*taken[0]) and not same(taken[0][0], taken[1][0])
+
+
+def test_background_and_foreground_write_the_same_checkpoints(place: Any) -> None:
+    """But for the times in the log; kept are the newest and every third."""
+    stored = {}
+    for background in (True, False):
+        policy = {"every": 1, "keep": 1, "keep_every": 3, "background": background}
+        job = make_job(place, f"background{background}", checkpoint=policy)
+        assert same(train(job), place.weights)
+        steps = len(log_of(job))
+        assert sorted(checkpoint._steps(job.checkpoints)) == sorted({*range(3, steps, 3), steps - 1})
+        assert all("checkpoint_wait" in record for record in log_of(job))
+        names = {f"step-{steps - 1:08d}/{name}" for name in (checkpoint.WEIGHTS, checkpoint.MOMENTS)}
+        stored[background] = {name: storage.read_bytes(storage.join(job.checkpoints, name)) for name in names}
+    assert stored[True] == stored[False]
+
+
+def test_a_store_that_dies_does_not_end_a_training_that_has_a_checkpoint(
+    place: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    from vlmflow.errors import Unreachable
+    from vlmflow.training import checkpoint_writer
+
+    monkeypatch.setattr(checkpoint_writer, "PAUSE", 0.0)
+    put, living = storage.put_file, [4]
+
+    def dying(path: Any, uri: str) -> None:
+        if living[0] == 0:
+            raise Unreachable(f"{uri}: no store answers")
+        living[0] -= 1
+        put(path, uri)
+
+    monkeypatch.setattr(storage, "put_file", dying)
+    job = make_job(place, "dying", checkpoint={"every": 1})
+    assert same(train(job), place.weights)
+    said = capsys.readouterr().out
+    assert "CHECKPOINT NOT WRITTEN at step 3" in said and "falls back to step 2" in said
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(Unreachable):
+        trainer(make_job(place, "dead"), stop).run()
+
+
+def test_what_may_change_on_resume_is_no_param_of_mlflow(place: Any) -> None:
+    """MLflow refuses a param that changes."""
+    tracking = [
+        training._job(
+            world.context(place.root / "tracked", world.recipe(**stage)), "sft", "k",
+            world.recipe(**stage).stages["sft"], list(world.recipe().stages["sft"].data), place.init, {"seed": place.data},
+        ).tracking
+        for stage in ({}, {"processes": 2, "zero": 1, "checkpoint": {"every": 7}})
+    ]  # fmt: skip
+    assert tracking[0]["params"] == tracking[1]["params"] and "schedule" in tracking[0]["params"]["stage"]
+    assert json.loads(tracking[1]["tags"]["vlmflow.execution.sft"])["processes"] == 2
+
+
 def test_checkpoint_of_another_plan_is_refused(place: Any) -> None:
     from vlmflow.errors import CheckpointError
 

@@ -77,7 +77,7 @@ class Writer:
         self._snapshot: Snapshot | None = None
         self._outcome: dict[str, Any] = {}
 
-    def ready(self, patience: float = PATIENCE) -> bool:
+    def ready(self, patience: float) -> bool:
         """Wait until no write is in flight; False when that takes longer than ``patience`` seconds.
 
         Called before the next state is captured, so that there is never more than one copy of it in memory.

@@ -150,6 +150,7 @@ def capture(engine: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tenso
     return whole(engine, WEIGHT), moments
 
 
+@torch.no_grad()  # under ZeRO 3 the fp32 weights are parameters themselves, and a copy of one would keep a graph
 def whole(engine: Any, key: str) -> dict[str, torch.Tensor]:
     """One kind of values (``weight``, ``average``, ...) of all trainable parameters on rank 0's CPU, fp32. Collective."""
     held = {name: (part.shape, part.start, part.values[key]) for name, part in parts(engine).items()}

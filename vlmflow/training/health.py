@@ -138,7 +138,7 @@ def check_weights(model: Any, place: str) -> None:
     Raises:
         ModelError: names a tensor that is not finite, and how many there are.
     """
-    bad = [name for name, tensor in model.named_parameters() if tensor.numel() and not _finite(tensor.detach())]
+    bad = [name for name, parameter in model.named_parameters() if not _finite(_here(parameter))]
     if bad:
         raise ModelError(
             f"{place}: {len(bad)} of the model's tensors hold a value that is not finite, the first is '{bad[0]}'. Every loss "
@@ -146,7 +146,19 @@ def check_weights(model: Any, place: str) -> None:
         )
 
 
+def _here(parameter: Any) -> torch.Tensor:
+    """What this rank holds of a parameter: the whole, or under ZeRO 3 an equal slice, the last one padded."""
+    import torch
+
+    if (mine := getattr(parameter, "ds_tensor", None)) is None:
+        return parameter.detach()
+    left = parameter.ds_numel - torch.distributed.get_rank() * mine.numel()
+    return mine.detach()[: max(0, left)]
+
+
 def _finite(tensor: torch.Tensor) -> bool:
     """Smallest and largest value carry NaN and infinity on, and need no memory of the tensor's size."""
+    if not tensor.numel():
+        return True
     smallest, largest = tensor.aminmax()
     return math.isfinite(float(smallest)) and math.isfinite(float(largest))

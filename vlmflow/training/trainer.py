@@ -114,6 +114,7 @@ class Trainer:
         """
         from vlmflow.training import compiled
         from vlmflow.training import engine as ds
+        from vlmflow.training.checkpoint_writer import PATIENCE
         from vlmflow.training.optimizer import named_rates, rate
         from vlmflow.training.record import step_record
 
@@ -164,7 +165,7 @@ class Trainer:
                 started, loader.waited, self.saving = now, 0.0, 0.0
                 done = step + 1
                 if done < steps and (result.stop or done % self.stage.checkpoint.every == 0):
-                    self._save(done, log)
+                    self._save(done, log, self.grace if result.stop else PATIENCE)
                     self.saving = time.perf_counter() - now
                 if result.stop and done < steps:
                     self._stopped(now)
@@ -292,13 +293,17 @@ class Trainer:
             emit(event="note", text=problem)
         return first, TrainLog(job.log, earlier, tracker)
 
-    def _save(self, done: int, log: Any) -> None:
-        """Capture the state on all ranks and hand it to the writer, once it has finished the checkpoint before."""
+    def _save(self, done: int, log: Any, patience: float) -> None:
+        """Capture the state on all ranks and hand it to the writer, once it has finished the checkpoint before.
+
+        Args:
+            patience: seconds it may take to do so; afterwards there is no checkpoint of this step.
+        """
         from vlmflow.training import engine as ds
         from vlmflow.training.checkpoint import Snapshot
         from vlmflow.training.collective import from_first
 
-        ready = self.writer is None or self.writer.ready()
+        ready = self.writer is None or self.writer.ready(patience)
         if not from_first(ready, self.world, self.device):
             if self.rank == 0:
                 emit(
