@@ -51,6 +51,8 @@ class Emulator(kmock.KubernetesEmulator):
             cluster.deleted.append(request.name)
             if found and cluster.slow_deletion:
                 cluster.patch(request.name, {"metadata": {"finalizers": ["foregroundDeletion"]}})
+            if cluster.on_delete:
+                cluster.on_delete()
         answer = await super()._handle(request)
         if request.action == kmock.action.CREATE and answer.status < 300:
             cluster.created.append(request.data)
@@ -65,12 +67,14 @@ class Cluster:
     Attributes:
         faults: called with each request before it is served; what one returns is the answer.
         on_create: called with each new TrainJob, as Trainer's controller would be.
+        on_delete: called when one is deleted.
         slow_deletion: deletions wait for a finalizer.
     """
 
     def __init__(self) -> None:
         self.faults: list[Fault] = []
         self.on_create: Callable[[dict[str, Any]], None] | None = None
+        self.on_delete: Callable[[], None] | None = None
         self.slow_deletion = False
         self.created: list[dict[str, Any]] = []
         self.deleted: list[str] = []

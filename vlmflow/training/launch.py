@@ -114,7 +114,7 @@ def launch(
             {**rank_environment(local, node, rendezvous, threads), **(environment or {})} for local in range(node.ranks)
         ]
         started = [_start(jobs, local, env, lines) for local, env in enumerate(environments)]
-        restore = _forward_sigterm(started)
+        stopping, restore = _forward_sigterm(started)
         try:
             alive = node.ranks
             failed: int | None = None
@@ -139,13 +139,13 @@ def launch(
             restore()
     if reported:
         raise reported[0]
-    if failed is not None:
+    # a rank that SIGTERM met while it was starting had nothing to save
+    early = stopping.is_set() and failed is not None and started[failed].returncode == -signal.SIGTERM
+    if failed is not None and not early:
         number = node.number * node.ranks + failed
         raise RankDied(_death(number, node.world, started[failed].returncode, tails[failed]))
-    if any(process.returncode == PREEMPTED for process in started):
-        raise TrainingPreempted(
-            "training stopped on SIGTERM after writing a checkpoint; run the step again to continue"
-        )
+    if early or any(process.returncode == PREEMPTED for process in started):
+        raise TrainingPreempted("training stopped on SIGTERM; run the step again to go on from the newest checkpoint")
 
 
 def _start(jobs: Sequence[str | Path], rank: int, env: dict[str, str], lines: queue.Queue) -> subprocess.Popen:
@@ -175,12 +175,15 @@ def _kill(ranks: list[subprocess.Popen]) -> None:
             process.kill()
 
 
-def _forward_sigterm(ranks: list[subprocess.Popen]) -> Callable[[], None]:
-    """Pass SIGTERM on to the ranks while they run; only the main thread may install handlers."""
+def _forward_sigterm(ranks: list[subprocess.Popen]) -> tuple[threading.Event, Callable[[], None]]:
+    """Pass SIGTERM on to the ranks while they run; returns (whether it came, how to end this). Only the main thread may
+    install handlers."""
+    stopping = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        return lambda: None
+        return stopping, lambda: None
 
     def forward(*_: Any) -> None:
+        stopping.set()
         for process in ranks:
             if process.poll() is None:
                 process.terminate()
@@ -190,7 +193,7 @@ def _forward_sigterm(ranks: list[subprocess.Popen]) -> Callable[[], None]:
     def restore() -> None:
         signal.signal(signal.SIGTERM, before)
 
-    return restore
+    return stopping, restore
 
 
 def _death(rank: int, world: int, code: int, tail: deque[str]) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from contextlib import suppress
 from typing import Any
@@ -21,8 +22,10 @@ from typing import Any
 from vlmflow import storage
 from vlmflow.errors import ServiceError, StorageError, VlmflowError
 from vlmflow.training import failure
-from vlmflow.training.job import EVENT, Job
-from vlmflow.training.launch import Node, TrainingPreempted, launch
+from vlmflow.training.job import EVENT, PREEMPTED, Job
+from vlmflow.training.launch import Node, RankDied, TrainingPreempted, launch
+
+UNKNOWN = 1
 
 
 def place() -> Node:
@@ -45,24 +48,30 @@ def main(uri: str) -> int:
     def pass_on(event: dict[str, Any]) -> None:
         print(EVENT + json.dumps(event), flush=True)
 
-    folder = uri.rsplit("/", 1)[0]
-    who = "node-unknown"
+    told: list[int] = []  # SIGTERM before the ranks are there to be told, or after they ended
+    signal.signal(signal.SIGTERM, lambda number, _: told.append(number))
+    folder, who = uri.rsplit("/", 1)[0], "node-unknown"
     try:
         node = place()
         who = f"node-{node.number:05d}"
         failure.clear(folder, who)  # of this pod's predecessor
         job = Job.model_validate(storage.read_json(uri))
+        if told:
+            return PREEMPTED
         launch([uri], node, job.stage.threads, pass_on, lambda line: print(line, end="", flush=True))
     except TrainingPreempted as stopped:
         print(stopped, file=sys.stderr, flush=True)
-        return stopped.exit_code
+        return PREEMPTED
     except VlmflowError as error:
         pass_on({"event": "error", "kind": type(error).__name__, "message": str(error)})
         with suppress(StorageError):  # the event in the log is what is left then
             failure.write(folder, who, error)
-        return error.exit_code
+        # a rank that died without a word may have lost its peer or its GPU: worth a restart, unlike what it says itself
+        return UNKNOWN if isinstance(error, RankDied) else error.exit_code
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    code = main(sys.argv[1])
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the exit code is decided
+    sys.exit(code)

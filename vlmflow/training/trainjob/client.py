@@ -8,6 +8,7 @@ time-outs are tried again with growing pauses until `patience` seconds have pass
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,8 @@ def connect() -> Any:
         config.load_incluster_config(client_configuration=made)
     except ConfigException:
         try:
-            config.load_kube_config(client_configuration=made)
+            # named here, because the package reads the variable once, when it is imported
+            config.load_kube_config(config_file=os.environ.get("KUBECONFIG"), client_configuration=made)
         except (ConfigException, OSError) as error:
             raise ServiceError(
                 f"no Kubernetes API: this process runs in no pod and has no kubeconfig ({error}). Set KUBECONFIG, or train "
