@@ -15,6 +15,8 @@ CONFIG = {
     "mlflowTrackingUri": "MLFLOW_TRACKING_URI",
     "captionUrl": "VLMFLOW_CAPTION_URL",
     "fuseUrl": "VLMFLOW_FUSE_URL",
+    "trainLauncher": "VLMFLOW_TRAIN_LAUNCHER",
+    "trainJob": "VLMFLOW_TRAINJOB_CONFIG",
 }
 # Kubeflow labels every pod of a run with its id; without it all runs would share one folder of timings and reports.
 RUN_LABEL = "metadata.labels['pipeline/runid']"

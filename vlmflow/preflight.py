@@ -69,7 +69,7 @@ def suits_pipeline(recipe: Recipe) -> None:
 
 
 def check(ctx: Context) -> list[dict[str, str]]:
-    """Probe tables, object store, scratch disk, MLflow and services.
+    """Probe tables, object store, scratch disk, MLflow, services and, where stages are trained there, the cluster.
 
     Returns:
         One row a check: `check` (what) and `found` (what answered).
@@ -80,8 +80,9 @@ def check(ctx: Context) -> list[dict[str, str]]:
         ServiceError: a server of tables, MLflow or another service does not answer, or its address is not configured.
     """
     rows = []
-    with ctx.progress("preflight", 5, "checks") as progress:
-        for probe in (_store, _scratch, _tables, _mlflow, _services):
+    probes = (_store, _scratch, _tables, _mlflow, _services, _training)
+    with ctx.progress("preflight", len(probes), "checks") as progress:
+        for probe in probes:
             rows += [{"check": what, "found": found} for what, found in probe(ctx)]
             progress.advance()
     return rows
@@ -201,6 +202,16 @@ def _services(ctx: Context) -> list[tuple[str, str]]:
             _alive(url, f"curation.{name}: the server that {step.endpoint_env} names")
             rows.append((f"endpoint of {name} answers", step.endpoint_env))  # its address may hold a key
     return rows
+
+
+def _training(ctx: Context) -> list[tuple[str, str]]:
+    from vlmflow.training import launchers
+
+    if launchers.chosen() != "trainjob":
+        return []
+    from vlmflow.training.trainjob.preflight import check as check_cluster
+
+    return check_cluster(ctx.recipe)
 
 
 def _alive(url: str, what: str) -> None:

@@ -135,16 +135,10 @@ def _create(api: Api, job: dict[str, Any]) -> str | None:
 
 def _delete(api: Api, namespace: str, name: str, uid: str) -> None:
     try:
-        api.json("DELETE", path_of(namespace, name), body=_deletion(uid))
+        api.json("DELETE", path_of(namespace, name), body=spec.deletion(uid))
     except Refused as refused:
         if refused.status not in (404, 409):  # gone, or another one by now: the next look will tell
             raise _explained(refused, namespace) from refused
-
-
-def _deletion(uid: str) -> dict[str, Any]:
-    """Delete this object and no other of its name, and keep its name taken until its pods are gone."""
-    options: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
-    return options | {"preconditions": {"uid": uid}}
 
 
 def _explained(refused: Refused, namespace: str) -> ServiceError:
@@ -205,7 +199,7 @@ def _cancel(api: Api, job: dict[str, Any], uid: str) -> TrainingPreempted:
     if uid and found["metadata"]["uid"] != uid:
         return TrainingPreempted(f"stopped; TrainJob {namespace}/{name} is another one by now and was left alone")
     try:
-        api.quickly("DELETE", path_of(namespace, name), _deletion(found["metadata"]["uid"]), CANCEL_SECONDS)
+        api.quickly("DELETE", path_of(namespace, name), spec.deletion(found["metadata"]["uid"]), CANCEL_SECONDS)
     except Refused as refused:
         if refused.status != 404:
             return TrainingPreempted(f"stopped, but TrainJob {namespace}/{name} goes on: {refused}")

@@ -149,3 +149,9 @@ def _patch(config: TrainJobConfig, pool: Pool) -> dict[str, Any]:
     return {
         "template": {"spec": {"replicatedJobs": [{"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}]}}
     }
+
+
+def deletion(uid: str) -> dict[str, Any]:
+    """Delete this object and no other of its name, and keep its name taken until its pods are gone."""
+    options: dict[str, Any] = {"apiVersion": "v1", "kind": "DeleteOptions", "propagationPolicy": "Foreground"}
+    return options | {"preconditions": {"uid": uid}}
