@@ -11,9 +11,9 @@ import pytest
 import training_world as world
 
 from vlmflow import storage
-from vlmflow.errors import RecipeError
+from vlmflow.errors import DataError
 from vlmflow.models.store import ModelRef, find
-from vlmflow.training import failure, launchers
+from vlmflow.training import failure, launchers, plan_file
 from vlmflow.training import run as training
 from vlmflow.training.launchers import LaunchRequest
 
@@ -63,10 +63,13 @@ def test_two_ranks_under_torchrun_equal_two_under_our_launcher(tmp_path: Path, m
     assert find(place, theirs.uri.rsplit("/", 1)[-1]) == theirs
 
     def look(request: LaunchRequest, on_event: object) -> None:
+        storage.write_bytes(storage.join(request.folder, "plan", plan_file.MARKER), b"{cut")
         torchrun(request, on_event)
         raise failure.read(request.folder)[0]
 
     monkeypatch.setitem(launchers.LAUNCHERS, "local", look)
-    with pytest.raises(RecipeError, match=r"re:\^nothing\$"):  # left in the store by the ranks
-        train("wrong", train=[{"modules": "re:^nothing$", "lr": 0.01}])
-    assert torchrun.code == 1 and storage.exists(f"file://{tmp_path}/wrong/models") is False
+    with pytest.raises(
+        DataError, match=r"plan\.json holds 4 bytes that are not JSON"
+    ):  # left in the store by the ranks
+        train("damaged")
+    assert torchrun.code == 1

@@ -16,9 +16,9 @@ from cluster_kubelet import Kubelet
 from cluster_world import NAMESPACE, Cluster
 
 from vlmflow import storage
-from vlmflow.errors import RecipeError
+from vlmflow.errors import DataError
 from vlmflow.models.store import ModelRef
-from vlmflow.training import launchers
+from vlmflow.training import launchers, plan_file
 from vlmflow.training import run as training
 from vlmflow.training.job import PREEMPTED
 from vlmflow.training.launch import TrainingPreempted
@@ -109,9 +109,15 @@ def test_a_killed_node_restarts_all_and_the_model_is_the_same(place: Place, node
 
 
 def test_an_error_of_a_rank_arrives_as_it_is_and_is_not_restarted(place: Place, nodes: Kubelet) -> None:
-    with pytest.raises(RecipeError, match=r"re:\^nothing\$"):
-        place.train("wrong", train=[{"modules": "re:^nothing$", "lr": 0.01}])
-    assert nodes.codes == [[RecipeError.exit_code] * 2]
+    def damage(job: dict[str, Any]) -> None:
+        folder = job["metadata"]["annotations"]["vlmflow.io/job"].rsplit("/", 1)[0]
+        storage.write_bytes(storage.join(folder, "plan", plan_file.MARKER), b"{cut")
+        nodes.start(job)
+
+    nodes.cluster.on_create = damage
+    with pytest.raises(DataError, match=r"plan\.json holds 4 bytes that are not JSON"):
+        place.train("damaged")
+    assert nodes.codes == [[DataError.exit_code] * 2]
 
 
 def test_cancelled_and_run_again_goes_on(place: Place, nodes: Kubelet) -> None:
