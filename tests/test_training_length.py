@@ -20,7 +20,8 @@ from vlmflow.errors import DataError, StepFailed
 from vlmflow.training import length, pool, prepare
 from vlmflow.training.examples import KINDS, Encoder, Wording, render
 from vlmflow.training.length import Reading
-from vlmflow.training.plan import Item, make_plan
+from vlmflow.training.plan import Item
+from vlmflow.training.planner import make_plan
 
 TILE_TOKENS = 4
 CONFIG = SimpleNamespace(tile=28, max_tiles=2, tokens_per_tile=TILE_TOKENS, image_token_id=258)
@@ -149,7 +150,7 @@ def test_failures_are_counted_with_reason_and_example(tmp_path: Path, reading: R
     plan = make_plan(made, lax, 0, prepare.visual_of(reading), world.COST)
     assert plan.report["samples"] == 16
     prepare.check(plan, lax)
-    with pytest.raises(StepFailed, match="failure_limit 10.0%"):
+    with pytest.raises(StepFailed, match=r"failure_limit 10\.0%"):
         prepare.check(plan, stage)
 
 
