@@ -23,8 +23,8 @@ from vlmflow.dataset.manifest import ShardRef
 from vlmflow.recipe.mixture import DataUse
 from vlmflow.recipe.stage import StageSpec
 from vlmflow.training.flops import CostModel
-from vlmflow.training.plan import make_plan
 from vlmflow.training.plan_view import padding
+from vlmflow.training.planner import make_plan
 from vlmflow.training.pool import Examples, ShardUse, Visual
 
 TILE_TOKENS, MOST_TILES = 64, 52

@@ -84,6 +84,9 @@ def test_text_and_page_for_people(state: Path, capsys: pytest.CaptureFixture, tm
     assert code == 0, err
     for part in ("fill", "padding    0.0%", "imbalance", "text share", "passes: text", "1 x ", "WARNING", str(page)):
         assert part in out
+    assert "always wait" not in out
+    idle = call(capsys, str(state / "recipe.yaml"), "--state-dir", str(state), "--page", str(page), "--processes", "5")
+    assert "a step has 2 packs, so 3 of 5 processes always wait" in idle[1]
     text = page.read_text()
     assert text.startswith("<!doctype html>") and "packs by tokens" in text and "k030" in text
     assert "share of text-only samples over the steps" in text and "<script" not in text

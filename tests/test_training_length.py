@@ -20,7 +20,8 @@ from vlmflow.errors import DataError, StepFailed
 from vlmflow.training import length, pool, prepare
 from vlmflow.training.examples import KINDS, Encoder, Wording, render
 from vlmflow.training.length import Reading
-from vlmflow.training.plan import Item, make_plan
+from vlmflow.training.plan import Item
+from vlmflow.training.planner import make_plan
 
 TILE_TOKENS = 4
 CONFIG = SimpleNamespace(tile=28, max_tiles=2, tokens_per_tile=TILE_TOKENS, image_token_id=258)
@@ -92,6 +93,26 @@ def test_every_stretch_of_a_conversation_is_as_long_as_measured(reading: Reading
             assert [s.image for s in segments if s.image is not None] == list(range(shown))
 
 
+def test_each_pair_of_preferences_is_an_item_of_two_parts(tmp_path: Path, reading: Reading) -> None:
+    def pair(number: int) -> dict[str, Any]:
+        prompt = [{"from": "human", "value": "<image>what?"}]
+        return {"conversations": prompt, "chosen": "a cat" * (number + 1), "rejected": f"not {number}"}
+
+    samples = [sample(i, preferences=[pair(n) for n in range(1 + i % 3)]) for i in range(6)]
+    use = {"text": "preferences"}
+    made = gathered(tmp_path, reading, dataset(tmp_path, samples), use)
+    stage = world.recipe().stages["sft"]
+    plan = make_plan(made, stage, 0, prepare.visual_of(reading), world.COST)
+    items = [item for pack in range(len(plan.pack_tokens)) for item in plan.items_of(pack)]
+    assert sorted((i.row, i.first, i.last) for i in items) == [(i, n, n) for i in range(6) for n in range(1 + i % 3)]
+    assert sum(plan.items_in(step) for step in range(plan.steps)) == 12
+    encode = Encoder(reading.family, reading.tokenizer, CONFIG, stage, made.uses, 0)
+    for item in items:
+        parts = encode(item, samples[item.row], None)  # raises when the lengths differ
+        assert len(parts) == 2 and parts[0].tiles == parts[1].tiles and sum(parts[0].tiles) * 2 == item.tiles
+        assert item.targets == sum(int(part.target.sum()) for part in parts)
+
+
 def test_a_sample_that_is_not_what_was_measured_names_itself_and_both_counts(reading: Reading) -> None:
     stage = world.recipe().stages["sft"]
     encode = Encoder(reading.family, reading.tokenizer, CONFIG, stage, [stage.data[0]], 0)
@@ -149,7 +170,7 @@ def test_failures_are_counted_with_reason_and_example(tmp_path: Path, reading: R
     plan = make_plan(made, lax, 0, prepare.visual_of(reading), world.COST)
     assert plan.report["samples"] == 16
     prepare.check(plan, lax)
-    with pytest.raises(StepFailed, match="failure_limit 10.0%"):
+    with pytest.raises(StepFailed, match=r"failure_limit 10\.0%"):
         prepare.check(plan, stage)
 
 

@@ -105,6 +105,13 @@ def test_a_share_of_what_does_not_exist_is_refused() -> None:
     assert len(only.items) == 8
 
 
+def test_a_share_of_samples_that_are_never_shown_is_refused() -> None:
+    uses = [use(weight=0.0001), use()]
+    made = examples([(10, 0), (10, 1)], uses=uses)
+    with pytest.raises(DataError, match=r"1000 passes over 1 samples .* raise their `weight`"):
+        plan_of(made, mixture={"text_share": {"start": 1.0, "end": 1.0}})
+
+
 def test_modality_grouping_and_max_steps() -> None:
     made = examples([(20, i % 2) for i in range(200)])
     plan = plan_of(made, packs=3, max_steps=4, mixture={"group": "modality"})

@@ -17,7 +17,8 @@ from vlmflow.models.store import ModelLineage, ModelRef, publish
 from vlmflow.recipe.mixture import DataUse
 from vlmflow.step import Context
 from vlmflow.training.flops import CostModel
-from vlmflow.training.plan import Plan, make_plan
+from vlmflow.training.plan import Plan
+from vlmflow.training.planner import make_plan
 from vlmflow.training.pool import Examples, ShardUse, Visual
 
 STAGE: dict[str, Any] = {

@@ -93,6 +93,7 @@ def plans_of(
         numbers = plan_view.summary(plan, stage.budget.tokens, processes or stage.processes)
         counted = plan.examples["failed"] + plan.report["dropped"]
         numbers["above_failure_limit"] = counted > stage.failure_limit * plan.examples["seen"]
+        numbers["packs_a_step"] = stage.packs
         plans["-".join(filter(None, [name, candidate]))] = (plan, numbers)
     return plans
 
@@ -123,4 +124,9 @@ def as_text(name: str, n: dict[str, Any]) -> str:
     lines += [f"  left out   {r['count']} x {r['reason']} (e.g. {r['example']})" for r in n["reasons"]]
     if n["above_failure_limit"]:
         lines.append("  WARNING    more samples are left out than failure_limit allows: training would refuse to start")
+    if n["processes"] > n["packs_a_step"]:
+        lines.append(
+            f"  WARNING    a step has {n['packs_a_step']} packs, so {n['processes'] - n['packs_a_step']} of {n['processes']} processes "
+            "always wait for the others; raise `packs`"
+        )
     return "\n".join(lines)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from vlmflow.training.pool import Examples
 
 Ints = NDArray[np.int64]
+EMPTY = 1000  # passes without a sample after which a stream is given up
 WINDOW = 64  # shards whose samples are shuffled together
 
 
@@ -97,14 +98,19 @@ class Stream:
         self._left: Ints = np.zeros(0, dtype=np.int64)
 
     def take(self, n: int) -> Ints:
-        """The next ``n`` examples; fewer only when ``epochs`` are over."""
+        """The next ``n`` examples; fewer only when ``epochs`` are over. Raises DataError when endless passes show none."""
         parts = []
         empty = 0
         while n > 0:
             if not len(self._left):
                 share = min(1.0, self.epochs - self.passes)
-                if share <= 0 or empty > 1000:
+                if share <= 0:
                     break
+                if empty > EMPTY and np.isinf(self.epochs):
+                    raise DataError(
+                        f"{EMPTY} passes over {int(self.usable.sum())} samples that mixture.text_share asks for showed none of them: "
+                        "raise their `weight` in the stage's data"
+                    )
                 order = one_pass(self.examples, self.usable, self.seed, self.passes)
                 self._left = order if share >= 1 else order[: max(1, round(len(order) * share))]
                 self.first_pass = self.first_pass or len(self._left)

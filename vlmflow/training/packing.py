@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right, insort
 from collections import deque
+from heapq import heappop, heapreplace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,9 +126,12 @@ def deal(cost: list[float], world: int) -> list[list[int]]:
     """
     room = -(-len(cost) // world)
     ranks: list[list[int]] = [[] for _ in range(world)]
-    load = [0.0] * world
+    free = [(0.0, rank) for rank in range(world)]  # (load, rank) of ranks that have room, a heap
     for position in sorted(range(len(cost)), key=lambda p: (-cost[p], p)):
-        rank = min((r for r in range(world) if len(ranks[r]) < room), key=lambda r: (load[r], r))
+        load, rank = free[0]
         ranks[rank].append(position)
-        load[rank] += cost[position]
+        if len(ranks[rank]) < room:
+            heapreplace(free, (load + cost[position], rank))
+        else:
+            heappop(free)
     return [sorted(mine) for mine in ranks]

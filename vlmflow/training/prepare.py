@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from vlmflow import storage
 from vlmflow.training import plan_file, pool
 from vlmflow.training.length import Reading, measured, tokenizer_digest
-from vlmflow.training.plan import Plan, make_plan
+from vlmflow.training.plan import Plan
+from vlmflow.training.planner import make_plan
 from vlmflow.training.pool import Examples, Visual
 from vlmflow.training.shape import stage_cost
 
