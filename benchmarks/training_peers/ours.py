@@ -66,7 +66,7 @@ def train(folder: Path, size: Size, steps: Steps, threads: int) -> None:
             for micro in micros:
                 lengths = lengths_of(micro.batch)
                 real = lengths if micro.images else lengths[:-1]  # the last segment is the dummy image's
-                steps.add(real, sum(lengths), int(micro.images))
+                steps.add(real, sum(lengths), len(micro.batch["pixel_values"]) if micro.images else 0)
             steps.end()
             return result
 

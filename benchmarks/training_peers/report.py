@@ -154,7 +154,7 @@ def summary(
             f"{title:<34}{found['tokens_per_second']:>9.0f}{shown:>9}{found['tiles_per_second']:>8.1f}{found['padding']:>8.1%}"
             f"{found['p50'] * 1e3:>8.0f}{found['p95'] * 1e3:>8.0f}{found['memory_mb']:>8.0f}{found['mfu']:>7.1%}{wait:>7}"
         )
-    if "fill" in ours:
+    if ours.get("fill"):
         figures["fill"] = ours["fill"]
         lines += ["", f"pack fill {ours['fill']:.1%} of the token budget, over the whole plan"]
     if "best_steps" in ours and "best_steps" in rows.get("bare", {}):
