@@ -66,7 +66,7 @@ def test_padding_warm_up_and_ratios_are_counted_as_printed() -> None:
     steps = Steps(3, 1)
     steps.begin()
     for _ in range(3):
-        steps.add([30, 50], 100, 2)
+        steps.add([30, 50], 100, 2, 60)
         steps.end()
     assert steps.as_json()["tokens"] == [80, 80], "the warm-up step is left out"
     run = {**steps.as_json(), "seconds": [1.0, 3.0]}
@@ -74,12 +74,17 @@ def test_padding_warm_up_and_ratios_are_counted_as_printed() -> None:
     passes = {"ours": [slow, fast], "padded:4": [slow, run], "nanovlm": [run], "trl:4": [{"failed": "no"}]}
     head = {"peak_flops": 1e12, "peak_is": "a guess"}
     found = report.summary(
-        head, {"equal": ["ours", "padded"]}, passes, QUICK, {k: k for k in ("ours", "padded", "nanovlm", "trl")}
+        head,
+        {"equal": ["ours", "padded"], "cost": {"per_token": 5e9, "per_target": 1e9}},
+        passes,
+        QUICK,
+        {k: k for k in ("ours", "padded", "nanovlm", "trl")},
     )
     assert found["rows"]["ours"]["tokens_per_second"] == 80, "the best pass"
     assert found["rows"]["padded:4"]["ours_is"] == pytest.approx(2.0) and found["figures"][
         "over_padded"
     ] == pytest.approx(2.0)
+    assert found["rows"]["ours"]["mfu"] == pytest.approx((160 * 5e9 + 120 * 1e9) / 2 / 1e12)
     assert found["rows"]["padded:4"]["padding"] == pytest.approx(0.2)
     assert (
         found["rows"]["nanovlm"]["ours_is"] is None and "leaks" in found["text"] and "cannot run: no" in found["text"]
