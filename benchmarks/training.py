@@ -125,7 +125,8 @@ def gate(folder: Path, size: Any, count: int = 12) -> dict[str, Any]:
     unequal = [name for name, worst in found.items() if worst > gates.TOLERANCE]
     if set(unequal) - {NANO}:
         sys.exit(f"not equal: {', '.join(unequal)}; nothing is timed")
-    return {"worst": found, "leak": moved, "equal": [name for name in found if name not in unequal]}
+    cost = ours.cost_of(model).as_json()
+    return {"cost": cost, "worst": found, "leak": moved, "equal": [name for name in found if name not in unequal]}
 
 
 def run_pass(name: str, folder: Path, arguments: argparse.Namespace, number: int, cores: list[int]) -> dict[str, Any]:

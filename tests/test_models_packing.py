@@ -113,8 +113,12 @@ def test_order_of_segments_does_not_matter():
     assert forward[0].item() == pytest.approx(backward[0].item(), rel=1e-6) and forward[1] == backward[1]
 
 
+SHORT_AND_LONG = [[3, 70, 1, 40, 8], [80, 70, 90], [7, 7, 7], [65, 3], [5, 9]]
+
+
+@pytest.mark.parametrize("lengths", SHORT_AND_LONG, ids=str)
 @pytest.mark.parametrize("model_type", ["qwen2", "llama"])
-def test_text_models_honour_varlen(model_type):
+def test_text_models_honour_varlen(model_type, lengths):
     """A plain causal language model with cu_seq_lens equals sdpa on each part, also in train mode."""
     register()
     config = AutoConfig.for_model(
@@ -122,12 +126,11 @@ def test_text_models_honour_varlen(model_type):
         num_key_value_heads=2, vocab_size=50, max_position_embeddings=256, initializer_range=0.2,
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, attn_implementation="vlmflow_varlen").train()
-    lengths = [3, 70, 1, 40, 8]
     ids = torch.randint(0, 50, (1, sum(lengths)))
     bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in lengths])[None]
     packed = model(input_ids=ids, position_ids=positions, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds,
-                   max_length_q=70, max_length_k=70, use_cache=False).logits[0]  # fmt: skip
+                   max_length_q=max(lengths), max_length_k=max(lengths), use_cache=False).logits[0]  # fmt: skip
     model.set_attn_implementation("sdpa")
     alone = [model(input_ids=part, use_cache=False).logits[0] for part in ids.split(lengths, dim=1)]
     assert (packed - torch.cat(alone)).abs().max().item() < 1e-5

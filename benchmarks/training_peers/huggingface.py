@@ -34,7 +34,12 @@ def counting(kind: type, steps: Steps) -> type:
     class Counting(kind):  # type: ignore[misc, valid-type]
         def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
             mask, pixels = inputs["attention_mask"], inputs.get("pixel_values")
-            steps.add(mask.sum(1).tolist(), mask.numel(), 0 if pixels is None else len(pixels))
+            steps.add(
+                mask.sum(1).tolist(),
+                mask.numel(),
+                0 if pixels is None else len(pixels),
+                int((inputs["labels"] != -100).sum()),
+            )
             return super().training_step(model, inputs, *args, **kwargs)
 
         def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
+COUNTED = ("tokens", "slots", "squares", "tiles", "targets")
+
 
 @dataclass
 class Steps:
     """Numbers of each optimizer step; the first ``warmup`` steps are left out of every figure.
 
     ``tokens`` are real ones (neither padding nor the dummy tile's), ``slots`` are the positions computed, ``squares`` the
-    sum of squared sample lengths, ``tiles`` the image tiles.
+    sum of squared sample lengths, ``tiles`` the image tiles, ``targets`` the tokens with a loss.
     """
 
     total: int
@@ -26,26 +28,27 @@ class Steps:
     slots: list[int] = field(default_factory=list)
     squares: list[int] = field(default_factory=list)
     tiles: list[int] = field(default_factory=list)
+    targets: list[int] = field(default_factory=list)
     extra: dict[str, Any] = field(default_factory=dict)
-    _now: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
+    _now: list[int] = field(default_factory=lambda: [0, 0, 0, 0, 0])
     _started: float = 0.0
 
     def begin(self) -> None:
         """The clock starts; called once, before the first step."""
         self._started = clock()
 
-    def add(self, lengths: list[int], slots: int, tiles: int) -> None:
+    def add(self, lengths: list[int], slots: int, tiles: int, targets: int) -> None:
         """One micro-batch."""
-        made = (sum(lengths), slots, sum(n * n for n in lengths), tiles)
+        made = (sum(lengths), slots, sum(n * n for n in lengths), tiles, targets)
         self._now = [a + b for a, b in zip(self._now, made, strict=True)]
 
     def end(self) -> None:
         """One optimizer step is done."""
         now = clock()
         self.seconds.append(now - self._started)
-        for values, value in zip((self.tokens, self.slots, self.squares, self.tiles), self._now, strict=True):
-            values.append(value)
-        self._now = [0, 0, 0, 0]
+        for name, value in zip(COUNTED, self._now, strict=True):
+            getattr(self, name).append(value)
+        self._now = [0, 0, 0, 0, 0]
         self._started = now
 
     def as_json(self) -> dict[str, Any]:
@@ -54,8 +57,11 @@ class Steps:
             memory = torch.cuda.max_memory_allocated() / 2**20
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        names = ("seconds", "tokens", "slots", "squares", "tiles")
-        return {**{n: getattr(self, n)[self.warmup :] for n in names}, "memory_mb": round(memory, 1), **self.extra}
+        return {
+            **{n: getattr(self, n)[self.warmup :] for n in ("seconds", *COUNTED)},
+            "memory_mb": round(memory, 1),
+            **self.extra,
+        }
 
 
 def clock() -> float:

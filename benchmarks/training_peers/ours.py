@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
-from training_peers.measure import Steps
+from training_peers.measure import COUNTED, Steps
 from training_peers.world import Size, context, recipe
 from vlmflow import models
 from vlmflow.dataset.manifest import Manifest
@@ -22,6 +22,7 @@ from vlmflow.models.store import load_ref
 from vlmflow.training import plan_file
 from vlmflow.training import run as training
 from vlmflow.training.examples import Encoder
+from vlmflow.training.flops import CostModel, cost_model, count
 from vlmflow.training.job import Job
 from vlmflow.training.loader import Loader
 
@@ -66,7 +67,9 @@ def train(folder: Path, size: Size, steps: Steps, threads: int) -> None:
             for micro in micros:
                 lengths = lengths_of(micro.batch)
                 real = lengths if micro.images else lengths[:-1]  # the last segment is the dummy image's
-                steps.add(real, sum(lengths), int(micro.images))
+                steps.add(
+                    real, sum(lengths), len(micro.batch["pixel_values"]) if micro.images else 0, targets_of(micro.batch)
+                )
             steps.end()
             return result
 
@@ -97,9 +100,20 @@ def load(folder: Path, size: Size, attention: str) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").train()
 
 
+def cost_of(model: Any) -> CostModel:
+    """Operations of a step of this model, by the rules of `vlmflow.training.flops`."""
+    trains = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    return cost_model(count(model, models.family("points"), trains))
+
+
 def lengths_of(batch: dict[str, Any]) -> list[int]:
     """Sample lengths of one of our packs, the dummy image's included."""
     return np.diff(batch["cu_seq_lens_q"]).tolist()
+
+
+def targets_of(batch: dict[str, Any]) -> int:
+    """Tokens of a batch that carry a loss."""
+    return int((np.asarray(batch["labels"]) != -100).sum())
 
 
 def bare(
@@ -120,11 +134,11 @@ def bare(
     device = next(model.parameters()).device
     steps.begin()
     for micros in work:
-        targets = sum(int((batch["labels"] != -100).sum()) for batch, _ in micros)
+        targets = sum(targets_of(batch) for batch, _ in micros)
         for batch, lengths in micros:
             tensors = {k: torch.as_tensor(v).to(device) if np.ndim(v) else v for k, v in batch.items()}
             (packed_loss(model, tensors)[0] / max(1, targets)).backward()
-            steps.add(lengths, batch["input_ids"].size, len(batch.get("pixel_values", ())))
+            steps.add(lengths, batch["input_ids"].size, len(batch.get("pixel_values", ())), targets_of(batch))
         between(trained)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
@@ -180,7 +194,7 @@ def two_ranks(folder: Path, size: Size, steps: Steps, threads: int, balanced: bo
     torch.distributed.barrier()
     model = load(folder, size, "vlmflow_varlen")
     bare(model, [[(m.batch, lengths_of(m.batch)) for m in micros] for micros in seen], steps, add_up)
-    for values in (steps.tokens, steps.slots, steps.squares, steps.tiles):
+    for values in (getattr(steps, name) for name in COUNTED):
         both = torch.tensor(values)
         torch.distributed.all_reduce(both)
         values[:] = both.tolist()

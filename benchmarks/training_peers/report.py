@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from training_peers.measure import matmul_peak
+from vlmflow.training.flops import CostModel, peak_flops
 
-PEAKS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12}  # dense bf16 FLOP/s, vendors' data sheets
 RULES = """\
 tokens/s   real tokens (no padding, no dummy image) of the timed steps / their wall time; the best pass
-images/s   tiles/s: image tiles through both vision towers
+tiles/s    image tiles through both vision towers
 padding    positions computed that hold no token
 p50, p95   of a step, over all timed steps of the best pass; a step = {batch} samples (ours: {packs} x {tokens} tokens)
 memory     peak of the process (CPU: resident, the libraries included; GPU: allocated by torch)
-MFU        C.3: 6N a token for trained parts, 2N a patch for the frozen towers, 12 L d s halved for causal, s = the
-           sample's own length; over {peak:.3g} FLOP/s ({what})
+MFU        operations of the model on real tokens (vlmflow.training.flops: 6N a token for trained parts, 2N for the frozen
+           towers, causal attention by the sample's own length, the head on target rows) over {peak:.3g} FLOP/s ({what})
 wait       share of the step's time spent waiting for data; the peers have theirs in memory"""
 
 
@@ -39,9 +39,7 @@ def machine(arguments: Any, size: Any, cores: list[int]) -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     if cuda:
         device = torch.cuda.get_device_name()
-        peak, what = next(
-            ((v, f"{k} dense bf16") for k, v in PEAKS.items() if k in device), (float("nan"), "unknown GPU")
-        )
+        peak, what = peak_flops(device) or float("nan"), "dense bf16 by its data sheet"
     else:
         torch.set_num_threads(arguments.threads)
         device, peak, what = cpu_model(), matmul_peak(), "this machine's best fp32 matrix product"
@@ -67,36 +65,20 @@ def machine(arguments: Any, size: Any, cores: list[int]) -> dict[str, Any]:
     }
 
 
-def flops(size: Any, done: dict[str, Any]) -> float:
-    """Model FLOPs of the timed steps by C.3: vision frozen, projector and language model trained, no recompute."""
-    text, eye = size.language, size.vision
-    d, layers, heads = text["hidden_size"], text["num_hidden_layers"], text["num_attention_heads"]
-    kv = d * text["num_key_value_heads"] // heads
-    language = layers * (2 * d * d + 2 * d * kv + 3 * d * text["intermediate_size"])
-    side = size.tile // 14
-    patches, v = side * side, eye["hidden_size"]
-    tower = (eye["num_hidden_layers"] - 1) * (4 * v * v + 2 * v * eye["intermediate_size"])
-    tower_attention = (eye["num_hidden_layers"] - 1) * 4 * v * patches * patches
-    projector = 4 * v * d + d * d
-    per_tile = 2 * (2 * (tower + 3 * 14 * 14 * v) * patches + tower_attention + 6 * projector * patches / 4)
-    head = text.get("vocab_size", 260) * d
-    tokens, squares, tiles = sum(done["tokens"]), sum(done["squares"]), sum(done["tiles"])
-    return 6 * (language + head) * tokens + 6 * layers * d * squares + per_tile * tiles
-
-
 def percentile(values: list[float], share: float) -> float:
     """The value below which ``share`` of the values lie."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
-def row(name: str, runs: list[dict[str, Any]], size: Any, peak: float) -> dict[str, Any]:
+def row(name: str, runs: list[dict[str, Any]], cost: CostModel, peak: float) -> dict[str, Any]:
     """Figures of one contender from its best pass."""
     good = [run for run in runs if "failed" not in run]
     if not good:
         return {"name": name, "failed": runs[0]["failed"]}
     best = max(good, key=lambda run: sum(run["tokens"]) / sum(run["seconds"]))
     seconds = sum(best["seconds"])
+    operations = cost.cost(*(sum(best[name]) for name in ("tokens", "squares", "tiles", "targets")))
     rates = [sum(run["tokens"]) / sum(run["seconds"]) for run in good]
     return {
         "name": name,
@@ -107,7 +89,7 @@ def row(name: str, runs: list[dict[str, Any]], size: Any, peak: float) -> dict[s
         "p50": statistics.median(best["seconds"]),
         "p95": percentile(best["seconds"], 0.95),
         "memory_mb": best["memory_mb"],
-        "mfu": flops(size, best) / seconds / peak,
+        "mfu": operations / seconds / peak,
         "tokens_per_step": sum(best["tokens"]) / len(best["tokens"]),
         "data_wait": best.get("data_wait"),
         "fill": best.get("fill"),
@@ -124,7 +106,7 @@ def summary(
     titles: dict[str, str],
 ) -> dict[str, Any]:
     """All figures as JSON, and the table as ``text``."""
-    rows = {name: row(name, runs, size, head["peak_flops"]) for name, runs in passes.items()}
+    rows = {name: row(name, runs, CostModel(**gated["cost"]), head["peak_flops"]) for name, runs in passes.items()}
     ours = rows.get("ours", {})
     figures: dict[str, Any] = {}
     lines = [
@@ -154,7 +136,7 @@ def summary(
             f"{title:<34}{found['tokens_per_second']:>9.0f}{shown:>9}{found['tiles_per_second']:>8.1f}{found['padding']:>8.1%}"
             f"{found['p50'] * 1e3:>8.0f}{found['p95'] * 1e3:>8.0f}{found['memory_mb']:>8.0f}{found['mfu']:>7.1%}{wait:>7}"
         )
-    if "fill" in ours:
+    if ours.get("fill"):
         figures["fill"] = ours["fill"]
         lines += ["", f"pack fill {ours['fill']:.1%} of the token budget, over the whole plan"]
     if "best_steps" in ours and "best_steps" in rows.get("bare", {}):

@@ -4,8 +4,10 @@ Registered as `vlmflow_varlen`: where a forward carries `cu_seq_lens_q`, every s
 does not (generation with a cache and padding, encoders), it is plain `sdpa`. A dense pack mask costs the square of the
 pack and is slower than padding at 4096 tokens (training.md C.1).
 
-On CUDA in 16 bits torch's own varlen flash kernel runs. Elsewhere segments are right-padded into groups of similar
-length and go through one causal SDPA a group: a padded key lies behind every real query, so no mask is needed.
+On CUDA in 16 bits torch's own varlen flash kernel runs. Elsewhere every segment goes through a causal SDPA of its own, on
+views of the pack: half the time of padding segments of similar length into one call, because the padding costs its square
+and the copies. Only short segments, whose work is less than a call, are right-padded into one: a padded key lies behind
+every real query, so no mask is needed.
 """
 
 from __future__ import annotations
@@ -19,20 +21,27 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "vlmflow_varlen"
-SMALL = 64  # segments up to this length share one group whatever their lengths: the waste is below a call's overhead
-
-
-@dataclass(frozen=True)
-class _Group:
-    gather: torch.Tensor  # int64 [count * length], positions in the pack; padding repeats the segment's first token
-    count: int
-    length: int
+SMALL = 64  # segments up to this length share one call whatever their lengths: the waste is below a call's overhead
 
 
 @dataclass(frozen=True)
 class _Plan:
-    groups: tuple[_Group, ...]
-    restore: torch.Tensor | None  # int64 [N], row of each pack position in the concatenated group outputs
+    """How a pack is cut into calls.
+
+    Attributes:
+        lengths: of all segments, in order; each of those in ``alone`` is a call.
+        alone: numbers of segments.
+        gather: int64 [count * length], positions of the short segments in the pack; padding repeats a first token.
+        count, length: short segments, and the longest of them; with ``gather`` None: all segments, of equal length.
+        restore: int64 [N], row of each pack position in the calls' joined outputs; None = they are in order.
+    """
+
+    lengths: list[int]
+    alone: list[int]
+    gather: torch.Tensor | None
+    count: int
+    length: int
+    restore: torch.Tensor | None
 
 
 def register() -> None:
@@ -124,15 +133,12 @@ def _grouped(
 ) -> torch.Tensor:
     plan = _plan(tuple(cu_seq_lens.tolist()), query.shape[2], query.device)
     grouped_query = key.shape[1] != query.shape[1]
-    outputs = []
-    for group in plan.groups:
-        parts = []
-        for tensor in (query, key, value):
-            rows = tensor[0] if plan.restore is None else tensor[0].index_select(1, group.gather)
-            parts.append(rows.unflatten(1, (group.count, group.length)).transpose(0, 1))
-        mask = None
-        if window and group.length > window:
-            at = torch.arange(group.length, device=query.device)
+
+    def call(parts: list[torch.Tensor]) -> torch.Tensor:
+        """[count, H, length, D] of queries, keys and values -> [count * length, H, D]."""
+        length, mask = parts[0].shape[2], None
+        if window and length > window:
+            at = torch.arange(length, device=query.device)
             mask = (at[:, None] >= at[None, :]) & (at[:, None] - at[None, :] < window)
         out = scaled_dot_product_attention(
             parts[0],
@@ -144,7 +150,15 @@ def _grouped(
             scale=scaling,
             enable_gqa=grouped_query,
         )
-        outputs.append(out.transpose(1, 2).flatten(0, 1))
+        return out.transpose(1, 2).flatten(0, 1)
+
+    outputs = []
+    if plan.alone:
+        pieces = [tensor.split(plan.lengths, dim=2) for tensor in (query, key, value)]
+        outputs = [call([piece[number] for piece in pieces]) for number in plan.alone]
+    if plan.count:
+        rows = [t[0] if plan.gather is None else t[0].index_select(1, plan.gather) for t in (query, key, value)]
+        outputs.append(call([r.unflatten(1, (plan.count, plan.length)).transpose(0, 1) for r in rows]))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if plan.restore is not None:
         joined = joined.index_select(0, plan.restore)
@@ -154,33 +168,27 @@ def _grouped(
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # a plan first made while scoring may serve training later, which saves its indices
 def _plan(bounds: tuple[int, ...], total: int, device: torch.device) -> _Plan:
-    """Groups of a pack with these segment bounds; every layer asks for the same one, so it is kept."""
+    """Calls of a pack with these segment bounds; every layer asks for the same one, so it is kept."""
     if bounds[0] != 0 or bounds[-1] != total:
         raise ValueError(
             f"{NAME}: cu_seq_lens runs from {bounds[0]} to {bounds[-1]} but the row has {total} tokens; "
             "every token, padding included, must belong to a segment"
         )
-    segments = [(end - start, start) for start, end in pairwise(bounds) if end > start]
-    if len({length for length, _ in segments}) == 1:
-        return _Plan((_Group(torch.empty(0, dtype=torch.long), len(segments), segments[0][0]),), None)
-    segments.sort(key=lambda pair: (-pair[0], pair[1]))
-    buckets: list[list[tuple[int, int]]] = []
-    for segment in segments:
-        if not buckets or (buckets[-1][0][0] > SMALL and segment[0] * 2 <= buckets[-1][0][0]):
-            buckets.append([])
-        buckets[-1].append(segment)
-    groups = []
+    segments = [(start, end - start) for start, end in pairwise(bounds) if end > start]
+    lengths = [length for _, length in segments]
+    if len(set(lengths)) == 1:
+        return _Plan(lengths, [], None, len(lengths), lengths[0], None)
+    short = [number for number, length in enumerate(lengths) if length <= SMALL]
+    if len(short) < 2:
+        return _Plan(lengths, list(range(len(lengths))), None, 0, 0, None)
+    alone = [number for number, length in enumerate(lengths) if length > SMALL]
+    length = max(lengths[number] for number in short)
+    starts = torch.tensor([segments[number][0] for number in short])
+    real = torch.arange(length)[None, :] < torch.tensor([lengths[number] for number in short])[:, None]
+    positions = starts[:, None] + torch.where(real, torch.arange(length)[None, :], 0)
+    order = torch.cat([*(torch.arange(s, s + n) for s, n in (segments[i] for i in alone)), positions[real]])
+    behind = sum(lengths[number] for number in alone)
+    rows = torch.cat([torch.arange(behind), torch.arange(len(short) * length).view_as(real)[real] + behind])
     restore = torch.empty(total, dtype=torch.long)
-    offset = 0
-    for bucket in buckets:
-        length = bucket[0][0]
-        lengths = torch.tensor([n for n, _ in bucket])
-        starts = torch.tensor([s for _, s in bucket])
-        within = torch.arange(length)
-        real = within[None, :] < lengths[:, None]
-        positions = starts[:, None] + torch.where(real, within[None, :], 0)
-        rows = torch.arange(len(bucket) * length).view(len(bucket), length) + offset
-        restore[positions[real]] = rows[real]
-        groups.append(_Group(positions.flatten().to(device), len(bucket), length))
-        offset += len(bucket) * length
-    return _Plan(tuple(groups), restore.to(device))
+    restore[order] = rows
+    return _Plan(lengths, alone, positions.flatten().to(device), len(short), length, restore.to(device))
