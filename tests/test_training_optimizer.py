@@ -7,7 +7,8 @@ import math
 import pytest
 
 from vlmflow.errors import RecipeError
-from vlmflow.training.optimizer import Rule, make_table, named_rates, parameter_groups, rate
+from vlmflow.training.optimizer import Rule, make_table, parameter_groups
+from vlmflow.training.schedule import named_rates, rate
 
 ROLES = {"vision": [r"vision\."], "vision.ocr": [r"vision_ocr\."], "projector": [r"proj\."], "language": [r"lm\."]}
 SIZES = {

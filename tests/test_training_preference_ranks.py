@@ -44,15 +44,17 @@ def test_killed_rank_and_the_same_command_give_the_same_bits(place: Any) -> None
 
 def test_two_processes_equal_one(place: Any) -> None:
     stage = {"packs": 2, "max_steps": 4, "epochs": 4, "train": [{"modules": "language", "lr": 0.002}]}
-    one, two = make_job(place, "rank1", **stage), make_job(place, "rank2", **stage, processes=2)
+    one = make_job(place, "rank1", **stage)
     train(one)
-    launch.launch([two.work / "job.json"], 2, 1, lambda event: None)
-    assert stored(one) == stored(two)
-    expected, found = weights_of(one), weights_of(two)
-    assert max(float((expected[n] - found[n]).abs().max()) for n in expected) < 1e-5
-    for a, b in zip(log_of(one), log_of(two), strict=True):
-        for name in ("loss", "margin", "accuracy", "nll_chosen", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
+    pairs = [make_job(place, f"rank2-{zero}", **stage, processes=2, zero=zero) for zero in (0, 3)]
+    launch.launch([two.work / "job.json" for two in pairs], 2, 1, lambda event: None)
+    for two in pairs:
+        assert stored(one) == stored(two)
+        expected, found = weights_of(one), weights_of(two)
+        assert max(float((expected[n] - found[n]).abs().max()) for n in expected) < 1e-5
+        for a, b in zip(log_of(one), log_of(two), strict=True):
+            for name in ("loss", "margin", "accuracy", "nll_chosen", "grad_norm"):
+                assert a[name] == pytest.approx(b[name], rel=1e-3, abs=1e-5), name
 
 
 def test_from_a_table_to_a_published_model(tmp_path: Path) -> None:

@@ -21,8 +21,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     world = Jobs(tmp_path_factory.mktemp("ranks"))
     jobs = {f"fp32-{zero}": world.make(f"fp32-{zero}", processes=2, zero=zero) for zero in STAGES}
+    frozen = {"train": rules("language"), "packs": 4}  # two micro-batches a rank, and four of one process
     for zero in STAGES:
-        jobs[f"frozen-{zero}"] = world.make(f"frozen-{zero}", processes=2, zero=zero, train=rules("language"))
+        jobs[f"frozen-{zero}"] = world.make(f"frozen-{zero}", processes=2, zero=zero, **frozen)
     for zero in (1, 2):
         jobs[f"bf16-{zero}"] = world.make(f"bf16-{zero}", processes=2, zero=zero, dtype="bf16")
     for zero in STAGES:  # begun by one process, stopped after a step, finished by two
@@ -33,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             world.trainer(job, stop=stop).run()
     notes = train(jobs.values())
     assert sum("resumed at step 1 of 5 (written by 1 processes)" in note for note in notes) == len(STAGES), notes
-    jobs["one"], jobs["one-frozen"] = world.make("one"), world.make("one-frozen", train=rules("language"))
+    jobs["one"], jobs["one-frozen"] = world.make("one"), world.make("one-frozen", **frozen)
     for name in ("one-frozen", "one"):
         alone = world.trainer(jobs[name])
         alone.run()
@@ -56,7 +57,7 @@ def test_two_processes_equal_one(trained: dict[str, Any], kind: str, zero: int) 
 
 
 @pytest.mark.parametrize("zero", STAGES)
-def test_two_processes_equal_one_with_frozen_vision(trained: dict[str, Any], zero: int) -> None:
+def test_two_micro_batches_of_two_equal_four_of_one_with_frozen_vision(trained: dict[str, Any], zero: int) -> None:
     assert_equal(trained["jobs"][f"frozen-{zero}"], trained["jobs"]["one-frozen"])
 
 

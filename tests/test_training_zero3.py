@@ -11,7 +11,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("deepspeed")
 
 # An average of the weights is published, so what is compared has gone through all of the state.
-SETTINGS = {"checkpoint": {"every": 2, "keep": 1}, "max_steps": 4, "ema": 0.6}
+SETTINGS: dict[str, Any] = {
+    "checkpoint": {"every": 2, "keep": 1},
+    "max_steps": 4,
+    "ema": 0.6,
+    "memory": {"loss_rows": 16},
+}
 NEXT = {0: 3, 3: 1, 1: 2, 2: 0}  # a checkpoint written under one stage is continued under another
 
 
@@ -25,7 +30,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
     jobs = {f"whole-{zero}": make(f"whole-{zero}", zero=zero) for zero in range(4)}
     jobs["whole-bf16"] = make("whole-bf16", zero=3, dtype="bf16")
-    jobs["frozen"] = make("frozen", zero=3, train=rules("language"))
+    frozen = {"train": rules("language"), "packs": 4}  # two micro-batches a rank, and four of one process
+    jobs["frozen"] = make("frozen", zero=3, **frozen)
     for zero in range(4):
         jobs[f"resumed-{zero}"] = make(f"resumed-{zero}", zero=zero, after=jobs[f"whole-{zero}"])
     jobs["resumed-bf16"] = make("resumed-bf16", zero=3, dtype="bf16", after=jobs["whole-bf16"])
@@ -40,10 +46,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         if name == "alone-3":
             seen = [(p.numel(), p.ds_persist, p.requires_grad) for p in made.engine.module.parameters()]
     assert torch.nn.functional.linear is plain, "what ZeRO 3 puts in its place is taken away by the next stage"
-    for name, stage in {"one": {}, "one-frozen": {"train": rules("language")}}.items():
+    for name, stage in {"one": {}, "one-frozen": frozen}.items():
         jobs[name] = make(name, 1, **stage)
         world.trainer(jobs[name]).run()
-    return jobs | alone | {"seen": seen}
+    return jobs | alone | {"seen": seen, "plan": made.plan}
 
 
 def test_every_parameter_is_partitioned(trained: dict[str, Any]) -> None:
@@ -52,12 +58,22 @@ def test_every_parameter_is_partitioned(trained: dict[str, Any]) -> None:
     assert {trains for _, _, trains in trained["seen"]} == {True}
 
 
+def test_ranks_had_losses_of_different_numbers_of_chunks(trained: dict[str, Any]) -> None:
+    """Were the head called once a chunk, ranks would gather its weights unequally often and ZeRO 3 would crash."""
+    plan, rows = trained["plan"], SETTINGS["memory"]["loss_rows"]
+    chunks = [
+        [sum(-(-int(plan.pack_targets[p]) // rows) for p in packs if p is not None) for packs in plan.deal(step, 2)]
+        for step in range(plan.steps)
+    ]
+    assert any(first != second for first, second in chunks), chunks
+
+
 @pytest.mark.parametrize("zero", range(4))
 def test_two_processes_equal_one(trained: dict[str, Any], zero: int) -> None:
     assert_equal(trained[f"whole-{zero}"], trained["one"])
 
 
-def test_frozen_parameters_are_partitioned_too(trained: dict[str, Any]) -> None:
+def test_frozen_parameters_are_partitioned_too_and_micro_batches_add_up(trained: dict[str, Any]) -> None:
     assert_equal(trained["frozen"], trained["one-frozen"])
 
 

@@ -1,14 +1,13 @@
-"""Which parameters a stage trains, at which rate, and how the rate moves.
+"""Which parameters a stage trains, and at which rate.
 
-A stage is data: a list of ``{modules, last, lr, weight_decay, layer_decay}``. Here it meets a model's parameter names through the
-family's role table. The result is a table that is printed and stored before anything is trained, because most
-complaints about stage training are about parameters that were silently frozen or silently trained (spec: training.md
-B.2 item 5).
+A stage is data: a list of ``{modules, last, lr, weight_decay, layer_decay}``. Here it meets a model's parameter names
+through the family's role table. The result is a table that is printed and stored before anything is trained, because
+most complaints about stage training are about parameters that were silently frozen or silently trained (spec:
+training.md B.2 item 5).
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -298,36 +297,3 @@ def parameter_groups(
         made.append({"params": parameters, "lr": peak, "peak": peak, "weight_decay": decay})
         labels.append(rules[rule].modules + ("" if decays else " (no decay)"))
     return made, labels
-
-
-def named_rates(labels: Sequence[str], rates: Sequence[float]) -> dict[str, float]:
-    """Rates of the groups for a log: label -> rate, or the highest and lowest where groups share a label."""
-    found: dict[str, list[float]] = {}
-    for label, value in zip(labels, rates, strict=True):
-        found.setdefault(label, []).append(value)
-    named = {label: max(values) for label, values in found.items()}
-    return named | {f"{label} (lowest)": min(values) for label, values in found.items() if len(values) > 1}
-
-
-def rate(step: int, steps: int, name: str, warmup: float, final: float = 0.0) -> float:
-    """Multiplier of the peak rate for step ``step`` (0-based) of ``steps``: a pure function.
-
-    Linear from 1/w to 1 over the first w = ceil(warmup * steps) steps (``warmup`` is a share), then cosine or linear
-    towards ``final`` (a share of the peak), which would be reached one step after the last; or constant. So no step has
-    a rate of zero and none is wasted.
-
-    Raises:
-        RecipeError: an unknown schedule name.
-    """
-    shapes = {
-        "cosine": lambda x: 0.5 * (1 + math.cos(math.pi * x)),
-        "linear": lambda x: 1 - x,
-        "constant": lambda x: 1.0,
-    }
-    if name not in shapes:
-        raise RecipeError(f"schedule.name '{name}' is not known; use one of {sorted(shapes)}")
-    warm = math.ceil(warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    shape = shapes[name](min(1.0, (step - warm) / max(1, steps - warm)))
-    return shape if name == "constant" else final + (1 - final) * shape

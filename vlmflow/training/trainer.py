@@ -115,8 +115,8 @@ class Trainer:
         from vlmflow.training import compiled
         from vlmflow.training import engine as ds
         from vlmflow.training.checkpoint_writer import PATIENCE
-        from vlmflow.training.optimizer import named_rates, rate
         from vlmflow.training.record import step_record
+        from vlmflow.training.schedule import named_rates, rate
 
         self._measure_reference()
         first, log = self._resume()
