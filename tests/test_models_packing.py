@@ -310,17 +310,23 @@ def test_loss_rows_bound_the_logits_and_change_nothing(own):
 
 
 def test_chunks_start_by_themselves_above_a_number_of_logits(monkeypatch):
-    """Automatic chunks, for both kinds of family."""
+    """Automatic chunks, for both kinds of family; the head itself is called equally often however many there are."""
+    seen, entropy = [], torch.nn.functional.cross_entropy
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "cross_entropy",
+        lambda logits, *a, **k: seen.append(len(logits)) or entropy(logits, *a, **k),
+    )
     for model in (build(), of_transformers()):
+        head, calls = model.get_output_embeddings(), []
+        head.register_forward_hook(lambda *_, c=calls: c.append(1))
         ids = torch.randint(0, 40, (1, 60))
-        seen = []
-        model.get_output_embeddings().register_forward_hook(
-            lambda _, inputs, out, s=seen: s.append(inputs[0].shape[-2])
-        )
-        vocabulary = model.get_output_embeddings().out_features
-        monkeypatch.setattr(modeling_points, "LOSS_ELEMENTS", 16 * vocabulary)
+        monkeypatch.setattr(modeling_points, "LOSS_ELEMENTS", 1 << 25)
         packed_loss(model, {"input_ids": ids, "labels": ids})
-        assert seen[-4:] == [16, 16, 16, 11]
+        whole = len(calls)
+        monkeypatch.setattr(modeling_points, "LOSS_ELEMENTS", 16 * head.out_features)
+        packed_loss(model, {"input_ids": ids, "labels": ids})
+        assert seen[-5:] == [59, 16, 16, 16, 11] and len(calls) == 2 * whole
 
 
 def test_a_long_pack_of_many_segments_builds_nothing_of_its_square():

@@ -6,8 +6,9 @@ from typing import Any
 
 import models_tiny
 import pytest
+import training_world as world
 
-from vlmflow.errors import StepFailed
+from vlmflow.errors import RecipeError, StepFailed
 
 torch = pytest.importorskip("torch")
 
@@ -45,20 +46,20 @@ def assert_equal(found: tuple[float, dict[str, Any]], expected: tuple[float, dic
 @pytest.mark.parametrize(
     "backend",
     [
-        "aot_eager",
+        "eager",
         pytest.param(
             "inductor", marks=pytest.mark.skipif(not has_compiler(), reason="no C++ compiler on this machine")
         ),
     ],
 )
 def test_compiled_packed_equals_plain_separate_and_packs_share_the_compilation(backend: str) -> None:
-    """Logits and gradients of packs of several lengths, with adapters and recomputation (aot_eager) and without."""
+    """Logits and gradients of packs of several lengths, with adapters and recomputation (eager) and without."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
     counters.clear()
     model = models_tiny.build().train()
-    if backend == "aot_eager":
+    if backend == "eager":
         adapters.attach(
             model, {n: AdapterSpec(rank=2) for n in adapters.adaptable(model).weights if "language" in n}, 0
         )
@@ -69,7 +70,7 @@ def test_compiled_packed_equals_plain_separate_and_packs_share_the_compilation(b
     with torch.no_grad():
         logits = torch.cat([model(**_alone(part)).logits[0] for part in parts])
     assert compiled.compile_layers(model, models_tiny.FAMILY, CPU, backend) == 2
-    if backend == "aot_eager":
+    if backend == "eager":
         recompute(model, models_tiny.FAMILY, ["language"])
     assert_equal(gradients(model, packs[0]), expected[0])
     graphs = counters["stats"]["unique_graphs"]
@@ -84,6 +85,12 @@ def test_compiled_packed_equals_plain_separate_and_packs_share_the_compilation(b
 
 def _alone(part: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in models_tiny.pack([part]).items() if k != "labels"}
+
+
+def test_compile_with_zero_3_is_refused_with_the_recipe() -> None:
+    with pytest.raises(RecipeError, match=r"memory\.compile does not go with zero: 3"):
+        world.recipe(zero=3, memory={"compile": True})
+    world.recipe(zero=2, memory={"compile": True})
 
 
 def test_without_a_compiler_it_is_said_before_training(monkeypatch: pytest.MonkeyPatch) -> None:

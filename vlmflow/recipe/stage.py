@@ -106,6 +106,16 @@ class StageSpec(Section):
                 raise ValueError(f"data[{number}].{problem}")
         return self
 
+    @model_validator(mode="after")
+    def _compilable(self) -> StageSpec:
+        if self.memory.compile and self.zero == 3:
+            raise ValueError(
+                "memory.compile does not go with zero: 3, which gathers weights in hooks around every linear layer: they cut a compiled "
+                "layer into pieces that are compiled again and again (measured: 16 graphs where zero 0 to 2 have 5). Take zero: 2 or less, "
+                "or compile: false"
+            )
+        return self
+
     def misfit(self, use: DataUse) -> str | None:
         """Why this stage cannot learn an ingredient, its own or a soup candidate's; None when it can."""
         style = use.prompt or self.prompt
