@@ -185,6 +185,26 @@ def test_what_decides_the_reference_names_it(place: Any) -> None:
     assert len({base, address("bf16", dtype="bf16"), address("short", budget={"tokens": 300, "tiles": 8})}) == 3
 
 
+def test_noise_adapters_and_recomputation_do_not_touch_the_reference(place: Any) -> None:
+    """It is the initial model as it stands, whatever is put around it for training."""
+    plain, dressed = (
+        make_job(place, "plain"),
+        make_job(
+            place,
+            "dressed",
+            noise={"alpha": 5.0},
+            memory={"recompute": ["language"], "loss_rows": 16},
+            train=[{"modules": "language", "lr": 0.003, "adapter": {"kind": "lora", "rank": 2}}],
+        ),
+    )
+    found = [measured(trainer(job)).values for job in (plain, dressed)]
+    assert list(stored(plain)) == list(stored(dressed))
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+    weights, log = train(dressed), log_of(dressed)
+    assert log[0]["loss"] != log_of(place.job)[0]["loss"], "the policy has noise, the reference has none"
+    assert not any("lora" in name for name in weights)
+
+
 def test_an_initial_model_that_is_not_finite_is_refused_with_its_samples(place: Any) -> None:
     made = trainer(make_job(place, "nan"))
     with torch.no_grad():

@@ -25,23 +25,44 @@ def packed_loss(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, int
     the rows whose next token is a target, in chunks of the model's `loss_rows` or of 2^25 logits; the full
     [N, vocabulary] logits are never built. log-softmax is in fp32. Without any target the sum is zero and still reaches the graph.
     """
-    labels = batch["labels"]
-    wanted = labels[:, 1:] != -100
-    targets = int(wanted.sum())
+    rows = _target_rows(batch)
+    return _nats(model, batch, rows, "sum"), len(rows)
+
+
+def packed_logprobs(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probability of each segment's targets and their number: (fp32 [segments] in nats, int64 [segments]).
+
+    As `packed_loss`: only target rows meet the head, in the same chunks. The sum over a segment runs in the order of its
+    tokens and does not depend on its neighbours, so equal forwards give equal bits. A segment without target has 0.
+    """
+    rows, borders = _target_rows(batch), batch["cu_seq_lens_q"]
+    segment = torch.searchsorted(borders[1:].to(rows.dtype), rows + 1, right=True)
+    counts = torch.bincount(segment, minlength=len(borders) - 1)
+    nats = _nats(model, batch, rows, "none")
+    return torch.segment_reduce(-nats, "sum", lengths=counts, initial=0.0, unsafe=True), counts
+
+
+def _target_rows(batch: Mapping[str, Any]) -> torch.Tensor:
+    """Positions [n] of a pack whose next token is a target."""
+    return (batch["labels"][0, 1:] != -100).nonzero().squeeze(1)
+
+
+def _nats(model: Any, batch: Mapping[str, Any], rows: torch.Tensor, reduction: str) -> torch.Tensor:
+    """Cross-entropy of the target rows in fp32: their sum, or [n] with "none"; it reaches the graph without any row too."""
     inner = getattr(model, "module", model)
     arguments = {**batch, "use_cache": False}
     if getattr(inner, "accepts_loss_only", False):
-        return model(**arguments, loss_only=True, num_items_in_batch=1).loss, targets
+        return model(**arguments, loss_only=True, target_losses=reduction == "none", num_items_in_batch=1).loss
     # transformers' own classes: rows are chosen by index, so only those meet the head.
-    arguments.pop("labels")
-    rows = wanted[0].nonzero().squeeze(1) if targets else torch.zeros(1, dtype=torch.long, device=labels.device)
+    labels = arguments.pop("labels")
     head = inner.get_output_embeddings()
     with _waiting(head, inner):
-        hidden = model(**arguments, logits_to_keep=rows).logits[0]
-    if not targets:
-        return head(hidden).float().sum() * 0.0, 0
+        hidden = model(**arguments, logits_to_keep=rows if len(rows) else rows.new_zeros(1)).logits[0]
+    if not len(rows):
+        zero = head(hidden).float().sum() * 0.0
+        return zero.reshape(1)[:0] if reduction == "none" else zero
     values = labels[0, 1:][rows].to(hidden.device)
-    return target_loss(hidden, values, head, getattr(inner, "loss_rows", None)), targets
+    return target_loss(hidden, values, head, getattr(inner, "loss_rows", None), reduction)
 
 
 @contextmanager
@@ -61,32 +82,3 @@ def _waiting(head: torch.nn.Module, model: Any) -> Iterator[None]:
         yield
     finally:
         del head.forward
-
-
-def packed_logprobs(model: Any, batch: Mapping[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each segment's targets and their number: (fp32 [segments] in nats, int64 [segments]).
-
-    As `packed_loss`: only target rows meet the head, in the same chunks. The sum over a segment runs in the order of its
-    tokens and does not depend on its neighbours, so equal forwards give equal bits. A segment without target has 0.
-    """
-    labels, borders = batch["labels"], batch["cu_seq_lens_q"]
-    wanted = labels[0, 1:] != -100
-    rows = wanted.nonzero().squeeze(1)
-    segment = torch.searchsorted(borders[1:].to(rows.dtype), rows + 1, right=True)
-    counts = torch.bincount(segment, minlength=len(borders) - 1)
-    inner = getattr(model, "module", model)
-    arguments = {**batch, "use_cache": False}
-    if getattr(inner, "accepts_loss_only", False):
-        nats = model(**arguments, loss_only=True, target_losses=True).loss
-    else:
-        arguments.pop("labels")
-        kept = rows if len(rows) else torch.zeros(1, dtype=torch.long, device=labels.device)
-        head = inner.get_output_embeddings()
-        with _waiting(head, inner):
-            hidden = model(**arguments, logits_to_keep=kept).logits[0]
-        if len(rows):
-            values = labels[0, 1:][rows].to(hidden.device)
-            nats = target_loss(hidden, values, head, getattr(inner, "loss_rows", None), "none")
-        else:  # still reaches the graph, so that no rank waits for another
-            nats = (head(hidden).float().sum() * 0.0).reshape(1)[:0]
-    return torch.segment_reduce(-nats, "sum", lengths=counts, initial=0.0, unsafe=True), counts
