@@ -285,6 +285,20 @@ def test_checkpoint_of_another_plan_is_refused(place: Any) -> None:
         trainer(job.model_copy(update={"checkpoints": base})).run()
 
 
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_checkpoint_of_other_parameters_is_refused(place: Any, zero: int) -> None:
+    from vlmflow.errors import CheckpointError
+    from vlmflow.training import engine
+
+    made = trainer(make_job(place, f"other{zero}", zero=zero))
+    weights, moments = engine.capture(made.engine)
+    name, value = next((n, t) for n, t in weights.items() if t.dim() == 1)
+    with pytest.raises(CheckpointError, match="another stage or recipe"):
+        engine.restore(made.engine, {n: t for n, t in weights.items() if n != name}, moments, 1)
+    with pytest.raises(CheckpointError, match=r"has shape \(1,\), this model's"):  # it would be broadcast
+        engine.restore(made.engine, weights | {name: value[:1]}, moments, 1)
+
+
 def test_not_a_number_stops_with_the_samples(place: Any) -> None:
     made = trainer(make_job(place, "nan"))
     with torch.no_grad():
