@@ -117,7 +117,7 @@ class Attempt:
 
     def done(self) -> int:
         """Steps done, as the launcher last said; -1 before it said anything."""
-        return max((e["done"] for e in self.told() if e.get("state") == "progress"), default=-1)
+        return max((e["done"] for e in self.told() if e.get("unit") == "steps"), default=-1)
 
     def notices(self) -> list[str]:
         return [e["note"] for e in self.told() if e.get("state") == "notice"]
@@ -134,7 +134,7 @@ class Attempt:
         return found
 
     def strike(self, kind: str, chance: random.Random) -> list[int]:
-        """Send the signal; returns all processes that there were."""
+        """Send the signal; returns all processes that there were, the command's own among them."""
         below = process_tree.descendants(self.process.pid)
         ranks, launcher = self.ranks(), [self.process.pid]
         one = ranks and [chance.choice(ranks)]
@@ -145,7 +145,7 @@ class Attempt:
                 os.kill(pid, signal.SIGTERM if kind in TERMS else signal.SIGKILL)
             except ProcessLookupError:
                 continue
-        return below
+        return [*launcher, *below]
 
     def gone(self, pids: list[int]) -> None:
         """Wait until none of the processes lives: what lies in the store then stays so."""

@@ -232,17 +232,11 @@ def test_what_does_not_fit_this_run_is_refused_with_the_reason(base: str, work: 
     checkpoint.save(base, snapshot(3), work, keep=2)
     found, _ = checkpoint.newest(base, work)
     assert found is not None
-    shapes: dict[str, tuple[int, ...]] = {"a": (7,), "b": (3, 5)}
-    found.check("p", "points", shapes)
-    for plan, family, others, message in (
-        ("q", "points", shapes, "another position in the data"),
-        ("p", "catty", shapes, "family 'points', this run trains 'catty'"),
-        ("p", "points", shapes | {"c": (1,)}, "holds 2 trained parameters, this stage trains 3"),
-        ("p", "points", {"b": (3, 5)}, "holds 2 trained parameters, this stage trains 1"),
-        ("p", "points", shapes | {"a": (1,)}, r"a with shape \[7\], this run's model with \[1\]"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            found.check(plan, family, others)
+    found.check("p", "points")
+    with pytest.raises(CheckpointError, match="another position in the data"):
+        found.check("q", "points")
+    with pytest.raises(CheckpointError, match="family 'points', this run trains 'catty'"):
+        found.check("p", "catty")
 
 
 class FullDisk:

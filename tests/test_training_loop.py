@@ -222,6 +222,45 @@ def test_a_store_that_dies_does_not_end_a_training_that_has_a_checkpoint(
         trainer(make_job(place, "dead"), stop).run()
 
 
+def test_a_stop_does_not_outlast_its_grace(
+    place: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """A store that hangs when SIGTERM comes: the checkpoint before counts."""
+    from vlmflow.training.trainer import Preempted
+
+    monkeypatch.setenv("VLMFLOW_TRAIN_GRACE", "0.05")
+    gate, put = threading.Event(), storage.put_file
+
+    def hangs(path: Any, uri: str) -> None:
+        if "step-00000001" not in uri:
+            gate.wait(60)
+        put(path, uri)
+
+    monkeypatch.setattr(storage, "put_file", hangs)
+    job, stop = make_job(place, "hangs", checkpoint={"every": 1, "keep": 9}), threading.Event()
+    made = trainer(job, stop)
+    step = made._step
+
+    def until(number: int, micros: list[Any]) -> Any:
+        if number == 1:  # the first checkpoint is complete, the second will hang
+            assert made.writer.ready(30)
+            stop.set()
+        return step(number, micros)
+
+    made._step = until
+    with pytest.raises(Preempted):
+        made.run()
+    said = capsys.readouterr().out
+    assert "checkpoint of step 2 was not finished within" in said and "the newest complete one is step 1" in said
+    assert [s for s, names in checkpoint._steps(job.checkpoints).items() if checkpoint.MARKER in names] == [1]
+    thread = made.writer._thread
+    gate.set()
+    thread.join(30)
+    storage.delete(storage.join(job.checkpoints, "step-00000002", checkpoint.MARKER))  # as if the process had ended
+    assert same(train(job), place.weights)
+    assert "resumed at step 1 of" in capsys.readouterr().out
+
+
 def test_what_may_change_on_resume_is_no_param_of_mlflow(place: Any) -> None:
     """MLflow refuses a param that changes."""
     tracking = [
@@ -244,6 +283,20 @@ def test_checkpoint_of_another_plan_is_refused(place: Any) -> None:
     checkpoint.write(base, snapshot, place.root / "w")
     with pytest.raises(CheckpointError, match="another position in the data"):
         trainer(job.model_copy(update={"checkpoints": base})).run()
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_checkpoint_of_other_parameters_is_refused(place: Any, zero: int) -> None:
+    from vlmflow.errors import CheckpointError
+    from vlmflow.training import engine
+
+    made = trainer(make_job(place, f"other{zero}", zero=zero))
+    weights, moments = engine.capture(made.engine)
+    name, value = next((n, t) for n, t in weights.items() if t.dim() == 1)
+    with pytest.raises(CheckpointError, match="another stage or recipe"):
+        engine.restore(made.engine, {n: t for n, t in weights.items() if n != name}, moments, 1)
+    with pytest.raises(CheckpointError, match=r"has shape \(1,\), this model's"):  # it would be broadcast
+        engine.restore(made.engine, weights | {name: value[:1]}, moments, 1)
 
 
 def test_not_a_number_stops_with_the_samples(place: Any) -> None:

@@ -65,15 +65,14 @@ class Checkpoint:
         """(weights, moments), read one by one as they are asked for."""
         return Tensors(self.folder / WEIGHTS), Tensors(self.folder / MOMENTS)
 
-    def check(self, plan: str, family: str, shapes: dict[str, tuple[int, ...]]) -> None:
-        """Refuse a checkpoint whose step or tensors would mean something else here.
+    def check(self, plan: str, family: str) -> None:
+        """Refuse a checkpoint whose step or weights would mean something else here.
 
         Args:
             plan: digest of this run's pack plan.
-            shapes: of the parameters that train, by name.
 
         Raises:
-            CheckpointError: another pack plan, family or set of parameters.
+            CheckpointError: another pack plan or family. (Other parameters: ``engine_state.restore``.)
         """
         name = f"the checkpoint of step {self.step}"
         if self.state["plan"] != plan:
@@ -83,18 +82,6 @@ class Checkpoint:
             )
         if (found := self.state.get("family", family)) != family:
             raise CheckpointError(f"{name} is of family '{found}', this run trains '{family}'; restore the recipe")
-        weights, _ = self.tensors()
-        if differ := sorted(set(weights) ^ set(shapes)):
-            raise CheckpointError(
-                f"{name} holds {len(weights)} trained parameters, this stage trains {len(shapes)}; they differ in "
-                f"{differ[:3]}: it belongs to another stage or recipe"
-            )
-        for parameter, shape in shapes.items():
-            if (found := weights.shape(parameter)) != shape:
-                raise CheckpointError(
-                    f"{name} has {parameter} with shape {list(found)}, this run's model with {list(shape)}: it belongs to "
-                    "another model"
-                )
 
 
 class Tensors(Mapping[str, Any]):
@@ -119,10 +106,6 @@ class Tensors(Mapping[str, Any]):
 
     def __len__(self) -> int:
         return len(self._names)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, without reading it."""
-        return tuple(self._file.get_slice(name).get_shape())
 
 
 def folder_of(base: str, step: int) -> str:

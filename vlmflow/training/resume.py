@@ -33,6 +33,8 @@ def resume(job: Job, engine: Any, plan: str, rank: int, world: int, device: Any)
         StorageError: the store does not answer.
         StepFailed: one of these happened on another rank.
     """
+    from vlmflow.training import engine as ds
+
     work = job.work / "resume"
     found: Checkpoint | None = None
     ignored: list[str] = []
@@ -52,16 +54,9 @@ def resume(job: Job, engine: Any, plan: str, rank: int, world: int, device: Any)
         raise failed or StepFailed("reading the checkpoint failed on another rank; its own message says why")
     if chosen >= 0:
         found = found or checkpoint.opened(job.checkpoints, chosen, work)
-        _restore(engine, found, plan, job.family)
+        found.check(plan, job.family)
+        skipped = found.state.get("health", {}).get("skipped", 0)
+        ds.restore(engine, *found.tensors(), found.step - skipped)
         everyone(True, world, device)  # all have read before one deletes
     shutil.rmtree(work, ignore_errors=True)
     return found, ignored
-
-
-def _restore(engine: Any, found: Checkpoint, plan: str, family: str) -> None:
-    from vlmflow.training import engine as ds
-
-    parameters = ds.trainable(engine)
-    found.check(plan, family, {n: tuple(getattr(p, "ds_shape", p.shape)) for n, p in parameters.items()})
-    skipped = found.state.get("health", {}).get("skipped", 0)
-    ds.restore(engine, *found.tensors(), found.step - skipped)
