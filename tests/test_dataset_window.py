@@ -246,6 +246,15 @@ def test_files_are_read_in_place_and_verified_once(tmp_path: Path) -> None:
         window.lease(changed)
 
 
+def test_a_folder_without_locks_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", missing)
+    with pytest.raises(StorageError, match=r"shards: the shard cache needs a file system with locks.*VLMFLOW_SCRATCH"):
+        Window(tmp_path / "shards")
+
+
 def test_closing_ends_every_wait(store: Fake, tmp_path: Path) -> None:
     window = Window(tmp_path / "shards", limit=2 * SIZE)
     held = [window.lease(store.shard(i)) for i in range(2)]

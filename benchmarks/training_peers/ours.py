@@ -138,7 +138,9 @@ def bare(
         for batch, lengths in micros:
             tensors = {k: torch.as_tensor(v).to(device) if np.ndim(v) else v for k, v in batch.items()}
             (packed_loss(model, tensors)[0] / max(1, targets)).backward()
-            steps.add(lengths, batch["input_ids"].size, len(batch.get("pixel_values", ())), targets_of(batch))
+            steps.add(
+                lengths, int(np.prod(batch["input_ids"].shape)), len(batch.get("pixel_values", ())), targets_of(batch)
+            )
         between(trained)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

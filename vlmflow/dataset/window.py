@@ -104,11 +104,16 @@ class Window:
     Args:
         folder: shared by the processes of this machine; on a local file system.
         limit: most bytes of shards in it; None = `default_limit`.
+
+    Raises:
+        StorageError: the folder cannot be written, or its file system has no locks.
     """
 
     def __init__(self, folder: Path, limit: int | None = None, part: int = PART, flights: int = FLIGHTS) -> None:
         self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        with translated(str(folder)):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._locks_work()
         self.limit = default_limit(folder) if limit is None else limit
         self.part = part
         self._readers = Workers(flights, "shard-part")
@@ -293,6 +298,16 @@ class Window:
             return False
         finally:
             os.close(file)
+
+    def _locks_work(self) -> None:
+        try:
+            with self._accounts():
+                pass
+        except OSError as error:
+            raise StorageError(
+                f"{self.folder}: the shard cache needs a file system with locks and one that may be written ({error}); set "
+                "VLMFLOW_SCRATCH to a folder on a local disk"
+            ) from error
 
     def _alive(self) -> None:
         if self._stop.is_set():
