@@ -111,9 +111,11 @@ def test_stopped_and_resumed_without_its_reference_is_bit_exact(place: Any) -> N
 
     job = make_job(place, "stopped", epochs=2)
     stop = threading.Event()
+    made = trainer(job, stop)
+    measured(made)
     stop.set()
     with pytest.raises(Preempted):
-        trainer(job, stop).run()
+        made.run()
     before = stored(job)
     assert before and len(log_of(job)) == 1
     for item in storage.list_uris(job.references):
@@ -121,6 +123,26 @@ def test_stopped_and_resumed_without_its_reference_is_bit_exact(place: Any) -> N
     assert same(train(job), place.weights)
     assert stored(job) == before
     assert [r["loss"] for r in log_of(job)] == [r["loss"] for r in log_of(place.job)]
+
+
+def test_told_to_end_in_the_pass_it_keeps_the_parts_it_has(place: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vlmflow.training.trainer import Preempted
+
+    monkeypatch.setattr(reference, "PART", 1)
+    write, stop = reference._write, threading.Event()
+
+    def written(uri: str, part: int, values: Any) -> None:
+        write(uri, part, values)
+        if part == 1:
+            stop.set()
+
+    monkeypatch.setattr(reference, "_write", written)
+    job = make_job(place, "told", epochs=2)
+    with pytest.raises(Preempted):
+        trainer(job, stop).run()
+    assert len(stored(job)) == 2 and not job.log.exists()
+    stop.clear()
+    assert same(train(job), place.weights)
 
 
 def test_a_pair_is_measured_once_for_each_tile_limit(place: Any) -> None:

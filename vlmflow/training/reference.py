@@ -74,7 +74,8 @@ def prepare(
     rank: int = 0,
     world: int = 1,
     say: Callable[[str], None] = lambda text: None,
-) -> Reference:
+    stop: Callable[[], bool] = lambda: False,
+) -> Reference | None:
     """Read the reference of a plan, or compute what is missing of it. Collective: every rank must call it.
 
     Args:
@@ -82,12 +83,17 @@ def prepare(
         loader: makes this rank's loader of a plan.
         engine: with the initial weights; left in training mode.
         say: told lines for people: what was found, how far it is, how long it took.
+        stop: asked after each pack whether this process was told to end.
+
+    Returns:
+        The values, or None when a rank was told to end; the parts that are complete are kept.
 
     Raises:
         StepFailed: a log-probability is not finite (names the samples).
     """
     import torch
-    import torch.distributed as dist
+
+    from vlmflow.training.collective import gather
 
     once, place = shown_once(plan)
     values = np.zeros((len(once.items), 2), dtype=np.float32)
@@ -95,17 +101,19 @@ def prepare(
     while found < once.steps and (known := _read(uri, found, once)) is not None:
         values[_rows(once, found)] = known
         found += 1
-    if world > 1:  # a store may answer one rank later than another
-        agreed = torch.tensor(found, device=device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MIN)
-        found = int(agreed)
+    found = int(
+        gather(torch.tensor([found], device=device), world).min()
+    )  # a store may answer a rank later than another
     started, packs = time.perf_counter(), len(once.pack_start) - 1
     if found < once.steps:
         batches = loader(once)
         engine.eval()
         try:
             for part, micros in batches.steps(found):
-                values[_rows(once, part)] = _compute(part, once, micros, engine, device, rank, world)
+                known = _compute(part, once, micros, engine, device, rank, world, stop)
+                if known is None:
+                    return None
+                values[_rows(once, part)] = known
                 if rank == 0:
                     _write(uri, part, values[_rows(once, part)])
                 if part + 1 < once.steps:
@@ -133,13 +141,23 @@ def shown_once(plan: Plan) -> tuple[Plan, Ints]:
     return once, np.searchsorted(kept, first)[pair.reshape(-1)]
 
 
-def _compute(part: int, once: Plan, micros: list[Micro], engine: Any, device: Any, rank: int, world: int) -> Floats:
-    """Values of one part [pairs, 2], whole on every rank."""
+def _compute(
+    part: int,
+    once: Plan,
+    micros: list[Micro],
+    engine: Any,
+    device: Any,
+    rank: int,
+    world: int,
+    stop: Callable[[], bool],
+) -> Floats | None:
+    """Values of one part [pairs, 2], whole on every rank; None when a rank was told to end."""
     import torch
     import torch.distributed as dist
 
     from vlmflow.models.loss import packed_logprobs
     from vlmflow.training.batch import to_torch
+    from vlmflow.training.collective import everyone
     from vlmflow.training.dpo import pairs_first
 
     rows = _rows(once, part)
@@ -150,6 +168,8 @@ def _compute(part: int, once: Plan, micros: list[Micro], engine: Any, device: An
         if pack is not None:
             a, b = (once.pack_start[pack : pack + 2] - rows.start).tolist()
             own[a:b] = pairs_first(found, b - a)
+        if not everyone(not stop(), world, device):
+            return None
     whole = own.clone()
     if world > 1:
         dist.all_reduce(whole)  # exact: where one rank has a value, the others have zero

@@ -25,7 +25,7 @@ REPORT_EVERY = 0.3  # seconds between step events
 
 
 class Preempted(Exception):
-    """SIGTERM arrived and a checkpoint was written."""
+    """SIGTERM arrived and what was done is in the store: a checkpoint, or parts of the reference."""
 
 
 class StepResult(NamedTuple):
@@ -211,8 +211,10 @@ class Trainer:
 
         uri = reference.address(self.job, self.plan)
         self.reference = reference.prepare(
-            uri, self.plan, self._loader, self.engine, self.device, self.rank, self.world, say
+            uri, self.plan, self._loader, self.engine, self.device, self.rank, self.world, say, self.stop.is_set
         )
+        if self.reference is None:
+            raise Preempted
 
     def _batch(self, pack: int | None, micro: Micro) -> dict[str, Any]:
         """A micro-batch as tensors, with the reference values of its pairs."""
