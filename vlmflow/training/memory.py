@@ -132,8 +132,7 @@ def footprint(
     backward = dict(parts, gradients=gradients if later or zero in (2, 3) or dtype == "bf16" else 0)
     if zero == 1 and dtype == "bf16":
         backward["gradients"] = 4 * trained + (2 * trained if later else 0)
-    pack = rehearsal.peak(0.0 if later else growing)
-    backward |= {"buffers": buffers, "pack": rehearsal.batch, "activations": pack - rehearsal.batch}
+    backward |= {"buffers": buffers, "activations": rehearsal.peak(0.0 if later else growing)}
     stepping = dict(parts, gradients=gradients, buffers=step)
     stepping["gathered weights"] = 0
     moments = {"backward": backward, "step": stepping}

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 ATTENTION = "vlmflow_rehearsal"
+LARGE = 1 << 16  # bytes from which on the end of a storage is also looked for, not only waited for
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,10 @@ class Rehearsal:
     """Bytes of one micro-batch, without weights and without gradients that are finished.
 
     Attributes:
-        batch: ids and pixels.
         alive: part of the model -> bytes that it keeps from its forward pass until the backward pass has used them.
         frontier: (gradient elements finished, most bytes alive at that time) over the backward pass.
     """
 
-    batch: int
     alive: dict[str, int]
     frontier: tuple[tuple[int, int], ...]
 
@@ -47,14 +47,18 @@ class Rehearsal:
         return sum(self.alive.values())
 
 
-class _Alive(TorchDispatchMode):
-    """Counts bytes of storages from birth to end. ``done`` is set from outside and indexes the frontier."""
+class Alive(TorchDispatchMode):
+    """Counts bytes of storages from birth to end, except those of ``known`` tensors.
 
-    def __init__(self, known: Collection[torch.Tensor]) -> None:
+    ``done`` is set from outside; ``frontier`` has the most bytes alive for each of its values.
+    """
+
+    def __init__(self, known: Collection[torch.Tensor] = ()) -> None:
         super().__init__()
         self.alive = self.done = 0
         self.frontier: dict[int, int] = {}
         self._seen: dict[int, Any] = {tensor.untyped_storage()._cdata: None for tensor in known}
+        self._large: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -67,13 +71,24 @@ class _Alive(TorchDispatchMode):
         if key not in self._seen:
             size = storage.nbytes()
             self._seen[key] = weakref.ref(storage, lambda _: self._gone(key, size))
+            if size >= LARGE:
+                self._large[key] = (StorageWeakRef(storage), size)
             self.alive += size
-            self.frontier[self.done] = max(self.frontier.get(self.done, 0), self.alive)
+            if self.alive > self.frontier.get(self.done, 0):
+                self._sweep()
+                self.frontier[self.done] = max(self.frontier.get(self.done, 0), self.alive)
         return tensor
 
+    def _sweep(self) -> None:
+        """Python is not told of a storage that ended because its tensor was given another (`tensor.data = ...`)."""
+        for key, (storage, size) in list(self._large.items()):
+            if storage.expired():
+                self._gone(key, size)
+
     def _gone(self, key: int, size: int) -> None:
-        del self._seen[key]
-        self.alive -= size
+        if self._seen.pop(key, None) is not None:
+            self._large.pop(key, None)
+            self.alive -= size
 
 
 class _Flash(torch.autograd.Function):
@@ -123,7 +138,7 @@ def rehearse(
     model.train()
     config = model.config
     parameters = [p for p in model.parameters() if p.requires_grad]
-    counter = _Alive([*model.parameters(), *model.buffers()])
+    counter = Alive([*model.parameters(), *model.buffers()])
     kept: dict[str, int] = {}
 
     def finished(parameter: torch.Tensor) -> None:
@@ -137,12 +152,9 @@ def rehearse(
     try:
         with counter, torch.device("meta"):
             ids = torch.empty(1, tokens, dtype=torch.long)
-            positions, labels = torch.empty_like(ids), torch.empty_like(ids)
-            pixels = torch.empty(tiles, config.tile, config.tile, 3, dtype=torch.uint8)
-            mark("batch")
             embeds = model.get_input_embeddings()(ids)
             if tiles:
-                features = model.get_image_features(pixels)
+                features = model.get_image_features(torch.empty(tiles, config.tile, config.tile, 3, dtype=torch.uint8))
                 mark("vision")
                 places = (ids == config.image_token_id).unsqueeze(-1)
                 embeds = embeds.masked_scatter(places, features.reshape(-1, features.shape[-1]))
@@ -150,20 +162,20 @@ def rehearse(
             hidden = model.model(
                 inputs_embeds=embeds,
                 attention_mask=torch.ones(1, 1, 1, 1, dtype=torch.bool),
-                position_ids=positions,
+                position_ids=torch.empty_like(ids),
                 use_cache=False,
             ).last_hidden_state
-            del embeds
+            del embeds, ids
+            rows = hidden[0, :-1][torch.arange(max(1, targets))]
+            del hidden
             mark("language")
-            rows = hidden[:, :-1].reshape(-1, hidden.shape[-1])[torch.arange(max(1, targets))]
-            values = labels[0, : max(1, targets)]
+            values = torch.empty(max(1, targets), dtype=torch.long)
             total = (loss or target_loss)(rows, values, model.get_output_embeddings())
             del rows, values
-            mark("loss")
+            mark("head")
             total.backward()
-            del total, hidden
+            del total
     finally:
         for hook in hooks:
             hook.remove()
-    batch = kept.pop("batch")
-    return Rehearsal(batch, kept, tuple(sorted(counter.frontier.items())))
+    return Rehearsal(kept, tuple(sorted(counter.frontier.items())))
