@@ -15,7 +15,7 @@ SETTINGS: dict[str, Any] = {
     "checkpoint": {"every": 2, "keep": 1},
     "max_steps": 4,
     "ema": 0.6,
-    "memory": {"loss_rows": 16},
+    "memory": {"loss_rows": 16, "recompute": ["vision", "language"]},
 }
 NEXT = {0: 3, 3: 1, 1: 2, 2: 0}  # a checkpoint written under one stage is continued under another
 
@@ -32,6 +32,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     jobs["whole-bf16"] = make("whole-bf16", zero=3, dtype="bf16")
     frozen = {"train": rules("language"), "packs": 4}  # two micro-batches a rank, and four of one process
     jobs["frozen"] = make("frozen", zero=3, **frozen)
+    jobs |= {f"noise-{zero}": make(f"noise-{zero}", zero=zero, noise={"alpha": 5.0}) for zero in (0, 3)}
     for zero in range(4):
         jobs[f"resumed-{zero}"] = make(f"resumed-{zero}", zero=zero, after=jobs[f"whole-{zero}"])
     jobs["resumed-bf16"] = make("resumed-bf16", zero=3, dtype="bf16", after=jobs["whole-bf16"])
@@ -75,6 +76,11 @@ def test_two_processes_equal_one(trained: dict[str, Any], zero: int) -> None:
 
 def test_frozen_parameters_are_partitioned_too_and_micro_batches_add_up(trained: dict[str, Any]) -> None:
     assert_equal(trained["frozen"], trained["one-frozen"])
+
+
+def test_noise_is_that_of_the_other_stages(trained: dict[str, Any]) -> None:
+    assert_equal(trained["noise-3"], trained["noise-0"])
+    assert norms(trained["noise-3"]) != pytest.approx(norms(trained["whole-3"]), rel=1e-3)
 
 
 def test_bf16_follows_fp32(trained: dict[str, Any]) -> None:
