@@ -281,3 +281,23 @@ def test_planning_counts_adapters_without_weights() -> None:
         for rules in ([projector], [projector, lora], [projector, {"modules": "language", "lr": 0.01}])
     ]
     assert costs == sorted(costs) and len(set(costs)) == 3
+
+
+def test_a_preference_stage_trains_adapters_from_its_reference(tmp_path: Path) -> None:
+    """The first loss is log 2: neither attached adapters nor their dropout move the start; memory options change nothing."""
+    import math
+
+    import preference_world as preferences
+
+    there = preferences.make_place(tmp_path)
+    rules = [{"modules": "language", "lr": 0.01, "adapter": {**DORA, "dropout": 0.1}}]
+    stage = {"train": rules, "max_steps": 2, "epochs": 2}
+    jobs = [
+        preferences.make_job(there, name, **stage, **changed)
+        for name, changed in {"plain": {}, "thrifty": {"memory": {"loss_rows": 16, "recompute": ["language"]}}}.items()
+    ]
+    for job in jobs:
+        preferences.train(job)
+    plain, thrifty = (preferences.log_of(job) for job in jobs)
+    assert plain[0]["loss"] == pytest.approx(math.log(2), abs=1e-6) and plain[1]["loss"] < 0.69
+    assert [r["loss"] for r in thrifty] == pytest.approx([r["loss"] for r in plain], abs=1e-6)

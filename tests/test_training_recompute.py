@@ -99,3 +99,24 @@ def test_frozen_role_is_said_and_runs_once(model: Any, batch: dict[str, Any]) ->
 def test_a_role_without_layers_is_refused(model: Any, role: str, message: str) -> None:
     with pytest.raises(RecipeError, match=f"memory.recompute: '{role}' {message}.*language, vision, vision.ocr"):
         recompute(model, models_tiny.FAMILY, [role])
+
+
+def test_the_memory_forecast_rehearses_what_the_stage_recomputes() -> None:
+    """Fewer bytes between forward and backward where a role recomputes, and a lower peak with few rows of logits."""
+    import training_world as world
+
+    from vlmflow.training import shape
+    from vlmflow.training.run import stage_of
+    from vlmflow.training.trace import rehearse
+
+    config, train = models_tiny.build().config, [{"modules": "language", "lr": 0.01}]
+
+    def rehearsed(**memory: Any) -> Any:
+        stage = stage_of(world.recipe(train=train, memory=memory), "sft")
+        model = shape.blank(config)
+        shape.apply_rules(model, models_tiny.FAMILY, stage)
+        return rehearse(model, 400, 4, 300)
+
+    plain, again, rows = rehearsed(), rehearsed(recompute=["language"]), rehearsed(loss_rows=16)
+    assert again.alive["language"] < plain.alive["language"] / 3
+    assert again.alive["head"] == plain.alive["head"] > 4 * rows.alive["head"]

@@ -44,10 +44,14 @@ def blank(config: Any, dtype: Any = None) -> Any:
 
 
 def apply_rules(model: Any, family: Family, stage: StageSpec) -> Table:
-    """Set `requires_grad` by the rules of a stage, adapters attached; the table of what trains. Raises RecipeError."""
+    """Set `requires_grad` by the rules of a stage, with its adapters and what its `memory` section recomputes; the table of
+    what trains. Raises RecipeError."""
     from vlmflow.training import setup
+    from vlmflow.training.recompute import recompute
 
     table, _ = setup.apply_rules(model, family, stage, 0)
+    model.loss_rows = stage.memory.loss_rows
+    recompute(model, family, stage.memory.recompute)
     return table
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -170,7 +171,8 @@ def rehearse(
             del hidden
             mark("language")
             values = torch.empty(max(1, targets), dtype=torch.long)
-            total = (loss or target_loss)(rows, values, model.get_output_embeddings())
+            entropy = loss or partial(target_loss, rows=getattr(model, "loss_rows", None))
+            total = entropy(rows, values, model.get_output_embeddings())
             del rows, values
             mark("head")
             total.backward()
