@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import time
+
 import pytest
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from vlmflow import models
 from vlmflow.models.loss import packed_loss
@@ -94,10 +98,10 @@ def test_a_rehearsal_grows_with_the_pack_and_needs_no_memory():
     assert all(p.is_meta and p.grad is None for p in shape.parameters())
 
 
-@pytest.mark.parametrize(("zero", "dtype"), [(0, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
+@pytest.mark.parametrize(("zero", "dtype"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")])
 @pytest.mark.parametrize("names", ["everything", "projector"])
-def test_one_rank_of_the_engine_stays_below_the_forecast(zero, dtype, names, tmp_path):
-    """States, gradients, buckets and the optimizer's step, to 5 %, over two steps of two packs."""
+def test_one_rank_of_the_engine_allocates_what_the_forecast_says(zero, dtype, names, tmp_path):
+    """States, gradients, buckets and the optimizer's step, at most 1 % below and 7 % above, over two steps of two packs."""
     from vlmflow.training import engine as ds
 
     kind = torch.bfloat16 if dtype == "bf16" else torch.float32
@@ -107,8 +111,8 @@ def test_one_rank_of_the_engine_stays_below_the_forecast(zero, dtype, names, tmp
     expected = memory.footprint(memory.size_of(shape.named_parameters()), seen, zero, 1, dtype, 2, overlap=False)
 
     ds.join(f"file://{tmp_path}/meet", 0, 1)
-    counter = Alive()
-    with counter:
+    gc.collect()  # what an earlier test left must not be freed while this one counts
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         model = _real(kind)
         _freeze(model, names)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -116,14 +120,25 @@ def test_one_rank_of_the_engine_stays_below_the_forecast(zero, dtype, names, tmp
         groups = [{"params": trained, "lr": 1e-3, "peak": 1e-3, "weight_decay": 0.0}]
         engine = ds.make_engine(model, groups, options, zero, dtype)
         engine.train()
-        counter.done = 1
+        begun = time.time_ns()
         for _ in range(2):
             for _ in range(2):
                 loss = packed_loss(engine, _batch())[0]
-                engine.backward(loss / TARGETS, scale_wrt_gas=False)
+                ds.backward(engine, loss / TARGETS)
                 del loss
-            engine.step()
-    assert expected.total == pytest.approx(counter.frontier[1], rel=0.05)
+            ds.step(engine)
+    measured = _allocated(recorded, begun)
+    assert -0.01 < expected.total / measured - 1 < 0.07
+
+
+def _allocated(recorded, begun):
+    """Most bytes that torch's allocator had given out at a time after `begun`."""
+    events = recorded.profiler.kineto_results.events()
+    alive = most = 0
+    for at, size in sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"):
+        alive += size
+        most = max(most, alive if at > begun else 0)
+    return most
 
 
 def test_states_are_divided_as_each_stage_says():

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from vlmflow.cli_options import Output, OutputOption, RecipeArgument, StateOption
+
+if TYPE_CHECKING:
+    from vlmflow.recipe import Recipe
+    from vlmflow.training.plan import Plan
 
 plan_app = typer.Typer(no_args_is_help=True, help="What a recipe will do and need, before anything is started.")
 
@@ -92,6 +96,10 @@ def train(
         float | None,
         typer.Option(min=0.001, help="bf16 peak of one GPU; default VLMFLOW_PEAK_TFLOPS, else 989.5 (H100, H200)."),
     ] = None,
+    measured: Annotated[
+        bool, typer.Option("--measured", help="Count the packs of the last run's data instead of full ones.")
+    ] = False,
+    state_dir: StateOption = Path(".vlmflow"),
     output: OutputOption = Output.text,
 ) -> None:
     """Parameters, operations, memory of a GPU under each ZeRO stage, steps and hours. Exit code 2 when nothing fits."""
@@ -103,7 +111,8 @@ def train(
         raise typer.BadParameter(f"one stage at most, found {', '.join(stages)}; changes are written SECTION.KEY=VALUE")
     loaded = load(recipe, [text for text in arguments or [] if "=" in text])
     machine = forecast.machine(gpus, memory, mfu, peak_tflops)
-    made = forecast.plan_train(loaded, machine, stages[0] if stages else None, tokens)
+    plans = _largest_plans(loaded, recipe, state_dir.absolute(), stages) if measured else None
+    made = forecast.plan_train(loaded, machine, stages[0] if stages else None, tokens, plans)
     if output is Output.json:
         plain = {"machine": vars(machine), "stages": [each.as_json() for each in made]}
         typer.echo(json.dumps(plain, indent=1, ensure_ascii=False))
@@ -115,3 +124,22 @@ def train(
         show(made, machine, Console(highlight=False))
     if any(each.zero is None for each in made):
         raise typer.Exit(2)
+
+
+def _largest_plans(recipe: Recipe, source: str, state: Path, stages: list[str]) -> dict[str, Plan]:
+    """For each stage the pack plan of the last run's data; of its soup candidates the one with most tokens."""
+    from rich.console import Console
+
+    from vlmflow import local, plan_data
+
+    labels = plan_data.labels_of(recipe, stages)
+    manifests, init = plan_data.from_last_run(recipe, source, state, labels, set(), False)
+    assert init is not None
+    os.environ.setdefault("VLMFLOW_SCRATCH", str(state / "scratch"))
+    with local.stack(state, Console(highlight=False, stderr=True)):
+        made = plan_data.plans_of(recipe, labels, manifests, init, None)
+    found: dict[str, Plan] = {}
+    for (name, _), (plan, _) in zip(labels, made.values(), strict=True):
+        if name not in found or plan.pack_tokens.sum() > found[name].pack_tokens.sum():
+            found[name] = plan
+    return found

@@ -122,7 +122,7 @@ def _config(stage: int, dtype: str, clip: float, parameters: int) -> dict[str, A
     """DeepSpeed's configuration. ``parameters`` = scalars in the model."""
     cuda = torch.cuda.is_available()
     zero: dict[str, Any] = {"stage": stage, "overlap_comm": cuda and stage > 1}
-    if stage > 1:
+    if stage:
         zero["reduce_bucket_size"] = min(BUCKET, max(1, parameters))
     if stage == 3:
         zero["stage3_param_persistence_threshold"] = PERSIST if parameters > SMALL else 0

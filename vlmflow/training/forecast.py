@@ -118,6 +118,7 @@ def _forecast(
 
     from vlmflow import models
     from vlmflow.training import flops, memory
+    from vlmflow.training.recompute import recompute
     from vlmflow.training.shape import apply_rules, blank
     from vlmflow.training.trace import rehearse
 
@@ -129,6 +130,8 @@ def _forecast(
     size = memory.size_of(model.named_parameters())
     tile_tokens = int(family.tokens_per_tile(config))
     full = _full_pack(spec, tile_tokens, int(config.text_config.vocab_size))
+    model.loss_rows = spec.memory.loss_rows
+    recompute(model, family, spec.memory.recompute)
     rehearsal = rehearse(model, full["tokens"], full["tiles"], full["rows"])
     micros = math.ceil(spec.packs / machine.gpus)
     footprints = [

@@ -132,7 +132,11 @@ def footprint(
     backward = dict(parts, gradients=gradients if later or zero in (2, 3) or dtype == "bf16" else 0)
     if zero == 1 and dtype == "bf16":
         backward["gradients"] = 4 * trained + (2 * trained if later else 0)
-    backward |= {"buffers": buffers, "activations": rehearsal.peak(0.0 if later else growing)}
+    growing = 0.0 if later else growing
+    resident = zero == 3 or (zero == 1 and later)  # else the bucket is made with the first gradient
+    most = buffers + rehearsal.peak(growing) if resident else rehearsal.peak(growing, buffers)
+    held = buffers if most > rehearsal.peak(growing) else 0
+    backward |= {"buffers": held, "activations": most - held}
     stepping = dict(parts, gradients=gradients, buffers=step)
     stepping["gathered weights"] = 0
     moments = {"backward": backward, "step": stepping}

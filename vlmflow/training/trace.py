@@ -12,9 +12,8 @@ row and head, and needs the queries' gradient in fp32 while it goes back.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -38,9 +37,13 @@ class Rehearsal:
     alive: dict[str, int]
     frontier: tuple[tuple[int, int], ...]
 
-    def peak(self, per_gradient: float = 0.0) -> int:
-        """Most bytes at a time when each finished gradient element keeps `per_gradient` bytes."""
-        return max(int(alive + done * per_gradient) for done, alive in self.frontier)
+    def peak(self, per_gradient: float = 0.0, buffer: float = 0.0) -> int:
+        """Most bytes at a time, where each finished gradient element keeps `per_gradient` bytes.
+
+        Args:
+            buffer: bytes that are there from the first finished gradient on.
+        """
+        return max(int(alive + done * per_gradient + buffer * (done > 0)) for done, alive in self.frontier)
 
     @property
     def kept(self) -> int:
@@ -113,20 +116,13 @@ def _attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **_: An
     return _Flash.apply(query, key, value), None
 
 
-def rehearse(
-    model: Any,
-    tokens: int,
-    tiles: int,
-    targets: int,
-    loss: Callable[[torch.Tensor, torch.Tensor, Any], torch.Tensor] | None = None,
-) -> Rehearsal:
-    """Forward and backward of a pack through a model on the meta device whose `requires_grad` flags are set.
+def rehearse(model: Any, tokens: int, tiles: int, targets: int) -> Rehearsal:
+    """Forward and backward of a pack through a model on the meta device, prepared as for training.
 
     Args:
         tokens: of the pack, image tokens included.
         tiles: image tiles.
         targets: rows that meet the head.
-        loss: (hidden [n, D], labels [n], head) -> summed loss; the family's when None.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -143,8 +139,9 @@ def rehearse(
     kept: dict[str, int] = {}
 
     def finished(parameter: torch.Tensor) -> None:
-        parameter.grad = None
         counter.done += parameter.numel()
+        counter.frontier[counter.done] = counter.alive
+        parameter.grad = None
 
     def mark(name: str) -> None:
         kept[name] = counter.alive - sum(kept.values())
@@ -171,8 +168,7 @@ def rehearse(
             del hidden
             mark("language")
             values = torch.empty(max(1, targets), dtype=torch.long)
-            entropy = loss or partial(target_loss, rows=getattr(model, "loss_rows", None))
-            total = entropy(rows, values, model.get_output_embeddings())
+            total = target_loss(rows, values, model.get_output_embeddings(), getattr(model, "loss_rows", None))
             del rows, values
             mark("head")
             total.backward()
