@@ -111,6 +111,7 @@ class Kubelet:
                 if value == path or value.startswith(f"{path}/"):
                     (volumes / volume).mkdir(parents=True, exist_ok=True)
                     value = str(volumes / volume) + value[len(path) :]
+                    break
             env[entry["name"]] = value
         env |= {
             "PET_NNODES": str(trainer["numNodes"]),

@@ -18,6 +18,7 @@ from vlmflow.training import run as training
 from vlmflow.training.launchers import LaunchRequest
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[1]
 STAGE = {"processes": 2, "epochs": 2, "max_steps": 6}

@@ -1,4 +1,5 @@
-"""A stage trained by the TrainJob launcher on an emulated cluster whose nodes really run: equal to a local training."""
+"""A stage trained by the TrainJob launcher on an emulated cluster whose nodes really run, each with a disk of its own and
+an object store between them: equal to a local training."""
 
 from __future__ import annotations
 
@@ -18,6 +19,8 @@ from cluster_world import NAMESPACE, Cluster
 from vlmflow import storage
 from vlmflow.errors import DataError
 from vlmflow.models.store import ModelRef
+from vlmflow.step import Context
+from vlmflow.storage_s3 import s3_store
 from vlmflow.training import launchers, plan_file
 from vlmflow.training import run as training
 from vlmflow.training.job import PREEMPTED
@@ -26,6 +29,7 @@ from vlmflow.training.trainjob import config as settings
 from vlmflow.training.trainjob import wait
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.slow
 
 STAGE: dict[str, Any] = {"processes": 2, "epochs": 4, "max_steps": 16, "checkpoint": {"every": 2, "keep": 2}}
 INSTALLATION = {
@@ -35,27 +39,62 @@ INSTALLATION = {
 }
 
 
-class Place:
-    """A model, a dataset, and the same stage trained by two processes of this machine."""
+BUCKET = "s3://cluster"
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.init = world.initial(world.context(root, world.recipe()))
-        self.data = world.dataset(root, [world.sample(i, images=i % 4 != 1) for i in range(24)])
+
+class Place:
+    """A model and a dataset in an object store, and the same stage trained by two processes of this machine."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.init = world.initial(self.context("shared"))
+        local = world.dataset(folder, [world.sample(i, images=i % 4 != 1) for i in range(24)])
+        for path in sorted((folder / "shards").iterdir()):
+            storage.put_file(path, storage.join(BUCKET, "shards", path.name))
+        moved = [
+            shard.model_copy(update={"uri": storage.join(BUCKET, "shards", shard.uri.rsplit("/", 1)[-1])})
+            for shard in local.shards
+        ]
+        self.data = local.model_copy(update={"shards": moved})
         self.local = self.train("local")
 
+    def context(self, name: str, **stage: Any) -> Context:
+        made = world.recipe(**{**STAGE, **stage})
+        return Context(made, storage.join(BUCKET, name), self.folder / name / "scratch", "test")
+
     def train(self, name: str, **stage: Any) -> ModelRef:
-        ctx = world.context(self.root / name, world.recipe(**{**STAGE, **stage}))
-        return training.run(ctx, "sft", self.init, {"seed": self.data})
+        return training.run(self.context(name, **stage), "sft", self.init, {"seed": self.data})
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+def store() -> Iterator[dict[str, str]]:
+    """An S3 server with one bucket, and the environment that leads there."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    environment = {
+        "VLMFLOW_S3_ENDPOINT": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "testing-key",
+        "AWS_SECRET_ACCESS_KEY": "testing-secret",
+        "AWS_REGION": "us-east-1",
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        s3_store().make_bucket(BUCKET.removeprefix("s3://"))
+        yield environment
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, store: dict[str, str]) -> Place:
     return Place(tmp_path_factory.mktemp("place"))
 
 
 @pytest.fixture
-def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubelet]:
+def nodes(tmp_path: Path, store: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubelet]:
     """Nodes of a cluster that the environment of this process points at."""
     cluster = Cluster()
     kubeconfig = {
@@ -69,7 +108,7 @@ def nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Kubelet]:
     monkeypatch.setenv(launchers.VARIABLE, "trainjob")
     monkeypatch.setenv(settings.VARIABLE, yaml.safe_dump(INSTALLATION))
     monkeypatch.setattr(wait, "POLL_RUNNING", 0.3)
-    kubelet = Kubelet(cluster, tmp_path / "volumes", {})
+    kubelet = Kubelet(cluster, tmp_path / "volumes", store)
     yield kubelet
     kubelet.terminate()
     kubelet.join()
@@ -86,12 +125,14 @@ def test_two_nodes_publish_what_two_local_processes_do(
     ref = place.train("cluster")
     assert files(ref) == files(place.local) and ref.lineage.parents == place.local.lineage.parents
     assert nodes.codes == [[0, 0]]
+    scratch = [nodes.folder / f"pod-0-{number}" / "scratch" for number in (0, 1)]
+    assert all(any(path.rglob("*.safetensors")) for path in scratch), "each node fetched the model onto its own disk"
     folder = ref.lineage.log_uri.rsplit("/", 1)[0]
     assert len(storage.read_bytes(ref.lineage.log_uri).splitlines()) == 16
     assert storage.read_json(f"{folder}/trainable.json")["plan"]["steps"] == 16
     shown = capsys.readouterr().err
     assert "2 nodes with 1 processes each" in shown and "16 steps of" in shown and "projector" in shown
-    assert storage.list_uris(storage.join(str(place.root / "cluster"), "checkpoints")) == []
+    assert storage.list_uris(storage.join(BUCKET, "cluster", "checkpoints")) == []
 
 
 def test_a_killed_node_restarts_all_and_the_model_is_the_same(place: Place, nodes: Kubelet) -> None:
