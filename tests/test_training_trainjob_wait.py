@@ -194,8 +194,9 @@ def test_the_next_attempt_waits_until_the_pods_of_the_last_are_gone(scene: Scene
 
 
 def test_a_deletion_that_never_ends_is_an_error(scene: Scene) -> None:
+    scene.config = CONFIG.model_copy(update={"patience_seconds": 100.0})
     scene.existing(metadata={"deletionTimestamp": "2026-01-01T00:00:00Z", "finalizers": ["stuck"]})
-    with pytest.raises(ServiceError, match=r"is being deleted since 60 min.*a finalizer or a pod holds it"):
+    with pytest.raises(ServiceError, match=r"is being deleted since 2 min.*a finalizer or a pod holds it"):
         scene.launch()
 
 
@@ -270,13 +271,13 @@ def test_a_refusal_says_what_to_do(scene: Scene, status: int, advice: str) -> No
 
 def test_the_log_is_read_once_over_broken_answers(scene: Scene) -> None:
     scene.at(6, lambda: scene.cluster.pod("p0"))
-    for second in range(8, 100, 4):
+    for second in range(8, 60, 4):
         scene.at(second, lambda n=second: scene.step("p0", n), lambda n=second: scene.step("p0", n + 1))
-    scene.at(31, lambda: scene.cluster.fail(3, 0, "/log"))
-    scene.at(51, lambda: scene.cluster.fail(3, 500, "/log"))
-    scene.at(120, scene.complete)
+    scene.at(21, lambda: scene.cluster.fail(2, 0, "/log"))
+    scene.at(41, lambda: scene.cluster.fail(2, 500, "/log"))
+    scene.at(90, scene.complete)
     scene.launch()
-    expected = [n for second in range(8, 100, 4) for n in (second, second + 1)]
+    expected = [n for second in range(8, 60, 4) for n in (second, second + 1)]
     assert scene.steps() == expected
 
 
