@@ -1,7 +1,9 @@
 """How fast the trainer is, against the ways others lay out the same samples.
 
-    python benchmarks/training.py                     # CPU, tiny model: about N minutes
+    python benchmarks/training.py                     # CPU, tiny model; every contender four times: hours on one core
     python benchmarks/training.py --size 2b           # a GPU, random 2B-class weights, bf16, packs of 8192 tokens
+    python benchmarks/training.py --only ours padded:8 bucketed:8 bare
+    python benchmarks/training.py --samples 512       # more distinct samples: length bucketing then pads much less
     python benchmarks/training.py --quick             # the equality gate and one short pass of each, for the tests
 
 Every contender trains the same model class from the same weights on the same samples, with the same optimizer, clipping
