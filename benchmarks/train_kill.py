@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]  # the tests' tiny world
 
 from vlmflow import local_stack, process_tree, storage  # noqa: E402
-from vlmflow.digest import sha256_file  # noqa: E402
+from vlmflow.digest import sha256_bytes  # noqa: E402
 from vlmflow.training import checkpoint  # noqa: E402
 
 KINDS = ("one rank", "all ranks", "launcher", "while starting", "during a write")
@@ -154,19 +154,22 @@ class Attempt:
             time.sleep(0.01)
 
 
-def lying(folder: Path) -> tuple[list[int], list[int]]:
-    """(complete, partial) checkpoints of a store's folder, judged by the hashes in their markers."""
+def lying(store: str) -> tuple[list[int], list[int]]:
+    """(complete, partial) checkpoints of a store, judged by the hashes in their markers."""
+    found: dict[int, dict[str, str]] = {}
+    for item in storage.list_uris(storage.join(store, "checkpoints")):
+        step, name = item.uri.split("/")[-2:]
+        found.setdefault(int(step.removeprefix("step-")), {})[name] = item.uri
     complete, partial = [], []
-    for place in sorted(folder.glob("checkpoints/*/step-*")):
-        step = int(place.name.removeprefix("step-"))
+    for step, objects in sorted(found.items()):
         try:
-            files = json.loads((place / checkpoint.MARKER).read_text())["files"]
-            whole = len(files) == 4 and all(sha256_file(place / n) == about["sha256"] for n, about in files.items())
-        except (OSError, ValueError, KeyError):
+            files = json.loads(storage.read_bytes(objects[checkpoint.MARKER]))["files"]
+            whole = len(files) == 4
+            whole &= all(sha256_bytes(storage.read_bytes(objects[n])) == about["sha256"] for n, about in files.items())
+        except (ValueError, KeyError):
             whole = False
-        if whole or any(place.iterdir()):
-            (complete if whole else partial).append(step)
-    return sorted(complete), sorted(partial)
+        (complete if whole else partial).append(step)
+    return complete, partial
 
 
 def writing(state: Path, folder: Path, objects: int) -> bool:
@@ -184,7 +187,7 @@ def hit(attempt: Attempt, kind: str, target: int, folder: Path, startup: float, 
     """Wait for the moment and strike; [] when the run ended before it came."""
     if kind == "while starting":
         limit = time.monotonic() + chance.uniform(0.0, startup)
-        while not attempt.ended() and time.monotonic() < limit:
+        while not attempt.ended() and attempt.done() < 0 and time.monotonic() < limit:
             time.sleep(0.01)
     else:
         while not attempt.ended() and attempt.done() < target:
@@ -225,7 +228,7 @@ def killed(state: Path, store: str, folder: Path, startup: float, arguments: arg
             elif len(kills) < len(kinds):
                 problems.append(f"the run ended after {len(kills)} kills")
             break
-        complete, partial = lying(folder)
+        complete, partial = lying(store)
         at = attempt.done() if attempt.done() >= 0 else kills[-1]["at_step"] if kills else 0
         kills.append({"kind": kind, "at_step": at, "complete": complete, "partial": partial})
         print(f"kill {len(kills)}: {kind} at step {at}, complete {complete}, partial {partial}", flush=True)
@@ -299,7 +302,7 @@ def compare(arguments: argparse.Namespace, state: Path) -> dict[str, Any]:
             result["problems"].append(f"files of the model differ: {different}")
         if log != calm[1]:
             result["problems"].append("losses or gradient norms of the log differ")
-        if left := lying(folders["killed"]):
+        if left := lying(stores["killed"]):
             result["problems"] += [f"checkpoints are left: {left}"] if any(left) else []
     return {"store": arguments.store, "processes": arguments.processes, "steps": arguments.steps, **result}
 

@@ -31,11 +31,11 @@ def test_a_difference_is_seen(tmp_path: Path) -> None:
 
     base = (tmp_path / "checkpoints" / "key").as_uri()
     checkpoint.write(base, checkpoint.Snapshot(8, {}, {}, {"plan": "p"}, ""), tmp_path / "work")
-    assert train_kill.lying(tmp_path) == ([8], [])
+    assert train_kill.lying(tmp_path.as_uri()) == ([8], [])
     (place / checkpoint.WEIGHTS).write_bytes(b"half")
-    assert train_kill.lying(tmp_path) == ([8], [4])
+    assert train_kill.lying(tmp_path.as_uri()) == ([8], [4])
     (tmp_path / "checkpoints" / "key" / "step-00000008" / checkpoint.LOG).write_text("other")
-    assert train_kill.lying(tmp_path) == ([], [4, 8])
+    assert train_kill.lying(tmp_path.as_uri()) == ([], [4, 8])
     kill = {"complete": [4], "partial": [8], "at_step": 9}
 
     class Said:
