@@ -308,7 +308,8 @@ def test_not_a_number_stops_with_the_samples(place: Any) -> None:
 
 
 def test_killed_rank_is_reported_and_the_rerun_gives_the_same_bits(place: Any) -> None:
-    job = make_job(place, "killed")
+    # written in the loop, so that the rank is still training when the event arrives
+    job = make_job(place, "killed", checkpoint={"every": 3, "keep": 2, "background": False})
 
     def on_event(event: dict[str, Any]) -> None:
         if event["event"] == "start":
