@@ -1,0 +1,117 @@
+"""What the chart's schema and templates refuse, and what its files say to each other."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import chart_case as chart
+import helm_python
+import pytest
+import yaml
+
+from pipelines import platform
+
+DEFAULTS = yaml.safe_load((chart.CHART / "values.yaml").read_text())
+SCHEMA = json.loads((chart.CHART / "values.schema.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("profil", "production"),
+        ("profile", "test"),
+        ("images.train.tag", "latest"),
+        ("images.train.digest", "sha256:abc"),
+        ("objectStore.mode", "gcs"),
+        ("objectStore.endpoint", "s3.example.com"),
+        ("objectStore.existingSecret", ""),
+        ("objectStore.secretKey", "hunter2"),
+        ("promoter.period", 1),
+        ("promoter.after.deployment.env", "model-uri"),
+        ("training.pools.stage1.gpusPerNode", 0),
+        ("training.pools.stage1.memory", "12Gib"),
+        ("training.pools.Stage_1", {}),
+        ("mlflow.backend.kind", "mysql"),
+        ("networkPolicy.egressCidrs", ["everything"]),
+        ("platform.root", "minio://bucket"),
+    ],
+)
+def test_the_schema_refuses(path: str, value: Any) -> None:
+    changes: dict[str, Any] = {}
+    node = changes
+    *parents, last = path.split(".")
+    for part in parents:
+        node = node.setdefault(part, {})
+    node[last] = value
+    with pytest.raises(helm_python.HelmValuesError) as problem:
+        chart.templates(changes)
+    assert last in str(problem.value) or parents[-1] in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"profile": "production"}, "digest is empty"),
+        ({"objectStore": {"mode": "minio"}}, "objectStore.bundled.image.repository is empty"),
+        ({"mlflow": {"enabled": True}}, "mlflow.adminSecret is empty"),
+        ({"mlflow": {"enabled": True, "adminSecret": "a", "replicas": 2}}, "one file has one writer"),
+        ({"mlflow": {"enabled": True, "adminSecret": "a", "backend": {"kind": "postgres"}}}, "key `uri`"),
+        ({"captioner": {"enabled": True, "image": {"tag": "v1"}}}, "captioner.model"),
+        ({"promoter": {"after": {"deployment": {"name": "serving"}}}}, "promoter.after.deployment.container"),
+    ],
+)
+def test_templates_refuse_what_cannot_work(changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(helm_python.HelmRenderError, match=said):
+        chart.templates(changes)
+
+
+@pytest.mark.parametrize("missing", ["promoter.credentialsSecret", "promoter.webhookSecret", "images.services.digest"])
+def test_production_demands_secrets_and_digests(missing: str) -> None:
+    changes = copy.deepcopy(chart.values("production"))
+    node = changes
+    *parents, last = missing.split(".")
+    for part in parents:
+        node = node[part]
+    del node[last]
+    with pytest.raises(helm_python.HelmRenderError, match=missing.split(".")[0]):
+        chart.templates(changes)
+
+
+def test_production_refuses_the_bundled_store() -> None:
+    changes = chart.values("production") | {"objectStore": chart.values("evaluation")["objectStore"]}
+    with pytest.raises(helm_python.HelmRenderError, match="without redundancy"):
+        chart.templates(changes)
+
+
+def test_every_value_is_described_and_every_description_has_a_value() -> None:
+    def walk(schema: dict[str, Any], values: Any, path: str) -> None:
+        assert schema.get("description") or not path, path
+        if isinstance(values, dict) and "properties" in schema:
+            described = set(schema["properties"]) - {"global"}
+            assert described == set(values), path
+            assert schema["additionalProperties"] is False, path
+            for name in described:
+                walk(schema["properties"][name], values[name], f"{path}.{name}")
+
+    walk(SCHEMA, DEFAULTS, "")
+
+
+@pytest.mark.parametrize("case", chart.MATRIX)
+def test_the_chart_lints(case: str) -> None:
+    found = helm_python.lint(str(chart.CHART), chart.values(case), strict=True)
+    assert not found["errors"] and not [m for m in found["messages"] if m["severity"] >= 2], found
+
+
+def test_pipelines_read_what_the_chart_writes() -> None:
+    found = {i["metadata"]["name"]: i for i in chart.rendered("default") if i["kind"] == "ConfigMap"}
+    data = found[platform.CONFIG_MAP]["data"]
+    assert set(platform.CONFIG) <= set(data)
+    assert all(isinstance(value, str) for value in data.values())
+
+
+def test_the_notes_name_three_commands() -> None:
+    notes = next(text for path, text in chart.templates({}).items() if path.endswith("NOTES.txt"))
+    for command in ("helm test v -n ml", "kubectl -n ml", "vlmflow submit"):
+        assert command in notes
