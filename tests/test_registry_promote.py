@@ -61,7 +61,7 @@ def mlflow(stack, monkeypatch):
 
 @pytest.fixture
 def model(request) -> str:
-    return "m-" + "".join(c if c.isalnum() else "-" for c in request.node.name.lower())[:50].strip("-")
+    return "m-" + "".join(c if c.isalnum() else "-" for c in request.node.name.lower())[-50:].strip("-")
 
 
 def alias(mlflow: Any, model: str, name: str) -> str:
