@@ -91,7 +91,9 @@ class Kfp:
             case "POST", ["pipelines"]:
                 return self._pipeline(parsed(api.V2beta1Pipeline, content))
             case "POST", ["pipelines", "upload"]:
-                made = self._pipeline(api.V2beta1Pipeline(display_name=query["name"], description=query.get("description")))
+                made = self._pipeline(
+                    api.V2beta1Pipeline(display_name=query["name"], description=query.get("description"))
+                )
                 self._version(made.pipeline_id, query["name"], body, kind)
                 return made
             case "POST", ["pipelines", "upload_version"]:
@@ -181,7 +183,7 @@ class Kfp:
                 self.end_headers()
                 self.wfile.write(data)
 
-            do_GET = do_POST = do_DELETE = _serve  # noqa: N815
+            do_GET = do_POST = do_DELETE = _serve
 
         return Handler
 

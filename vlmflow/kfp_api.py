@@ -7,6 +7,9 @@ errors get a sentence. Importing kfp takes seconds, so nothing here does before 
 from __future__ import annotations
 
 import contextlib
+import sys
+import urllib.error
+import urllib.request
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +18,12 @@ from typing import Any
 from vlmflow.digest import sha256_bytes
 from vlmflow.errors import NotFound, ServiceError
 
-LEAST_VERSION = (2, 17)
+PROBE_SECONDS = 10.0
+HINTS = {
+    401: "the token is missing or has expired; get a new one",
+    403: "this identity may not do that; look at its roles in the namespace",
+    404: "this is not the API of Kubeflow Pipelines 2; the UI's address works too, with its path",
+}
 
 
 def connect(endpoint: str, token: str = "", namespace: str = "") -> Any:
@@ -33,12 +41,32 @@ def connect(endpoint: str, token: str = "", namespace: str = "") -> Any:
             f"the Kubeflow Pipelines endpoint is {endpoint or 'not set'!r}: give a URL, such as http://localhost:8080, by "
             "--endpoint, VLMFLOW_KFP_ENDPOINT or `endpoint` in the configuration file"
         )
+    _probe(endpoint.rstrip("/"), token)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from kfp import client
 
         with translated(f"reaching {endpoint}"):
             return client.Client(host=endpoint, existing_token=token or None, namespace=namespace or "kubeflow")
+
+
+def _probe(endpoint: str, token: str) -> None:
+    """One look at `healthz`, because kfp's own client tries five times, five seconds apart, and then says little."""
+    request = urllib.request.Request(f"{endpoint}/apis/v2beta1/healthz")
+    if token:
+        request.add_header("Authorization", f"Bearer {token}")
+    try:
+        with urllib.request.urlopen(request, timeout=PROBE_SECONDS) as answer:
+            answer.read()
+    except urllib.error.HTTPError as error:
+        raise ServiceError(
+            f"Kubeflow Pipelines at {endpoint} answers {error.code} for healthz: {HINTS.get(error.code, 'look at its log')}"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise ServiceError(
+            f"nobody answers at the Kubeflow Pipelines endpoint {endpoint} ({getattr(error, 'reason', error)}); look at the "
+            "endpoint, or at the port-forward"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -52,10 +80,7 @@ def translated(doing: str) -> Iterator[None]:
     except ApiException as error:
         if error.status == 404:
             raise NotFound(f"{doing}: Kubeflow Pipelines knows no such thing") from error
-        hint = {
-            401: "the token is missing or has expired; get a new one",
-            403: "this identity may not do that; look at its roles in the namespace",
-        }.get(error.status, str(error.body or error.reason or "").strip()[:300])
+        hint = HINTS.get(error.status, str(error.body or error.reason or "").strip()[:300])
         raise ServiceError(f"{doing}: Kubeflow Pipelines answers {error.status}: {hint}") from error
     except (HTTPError, OSError, ValueError) as error:
         raise ServiceError(
@@ -82,13 +107,16 @@ def register(kfp: Any, name: str, package: str, folder: Path, description: str =
     with translated(f"registering pipeline '{name}'"):
         pipeline_id = kfp.get_pipeline_id(name)
         if pipeline_id is None:
-            made = kfp.upload_pipeline(str(path), pipeline_name=name, description=description)
-            pipeline_id = made.pipeline_id
-            # KFP names the first version like the pipeline; one that carries the hash is found again.
+            from kfp_server_api import V2beta1Pipeline
+
+            # Uploading would also make a version, named like the pipeline, that no later call could recognise.
+            empty = V2beta1Pipeline(display_name=name, name=name, description=description)
+            pipeline_id = kfp._pipelines_api.pipeline_service_create_pipeline(empty).pipeline_id
         found = _version(kfp, pipeline_id, version_name)
         if found is not None:
             return pipeline_id, found.pipeline_version_id, False
-        version = kfp.upload_pipeline_version(str(path), version_name, pipeline_id=pipeline_id)
+        with contextlib.redirect_stdout(sys.stderr):  # kfp prints a link
+            version = kfp.upload_pipeline_version(str(path), version_name, pipeline_id=pipeline_id)
         return pipeline_id, version.pipeline_version_id, True
 
 

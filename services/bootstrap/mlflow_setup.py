@@ -14,7 +14,7 @@ from vlmflow.errors import RegistryError
 from vlmflow.registry.promote import candidates_of
 
 EVENTS = (("model_version", "created"), ("model_version_tag", "set"))
-WORKSPACE = "default"
+RESOURCE = "registered_model"
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,7 @@ def _grant(admin: Any, model: str, username: str, right: str) -> bool:
     from mlflow.exceptions import MlflowException
 
     with contextlib.suppress(MlflowException):
-        current = admin.get_registered_model_permission(model, username).permission
-        if current == right:
+        if admin.get_user_permission(username, RESOURCE, model).permission == right:
             return False
-        admin.update_registered_model_permission(model, username, right)
-        return True
-    admin.create_registered_model_permission(model, username, right)
+    admin.grant_user_permission(username, RESOURCE, model, right)
     return True
