@@ -88,6 +88,13 @@ def translated(doing: str) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """kfp prints links and markup to standard output, where programs expect ours."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
 def register(kfp: Any, name: str, package: str, folder: Path, description: str = "") -> tuple[str, str, bool]:
     """Make sure that a pipeline of that name has this package as a version.
 
@@ -115,7 +122,7 @@ def register(kfp: Any, name: str, package: str, folder: Path, description: str =
         found = _version(kfp, pipeline_id, version_name)
         if found is not None:
             return pipeline_id, found.pipeline_version_id, False
-        with contextlib.redirect_stdout(sys.stderr):  # kfp prints a link
+        with quiet():
             version = kfp.upload_pipeline_version(str(path), version_name, pipeline_id=pipeline_id)
         return pipeline_id, version.pipeline_version_id, True
 
