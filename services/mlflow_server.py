@@ -93,7 +93,7 @@ def main(argv: list[str]) -> int:
             migrate(settings)
             return 0
         if argv[:1] == ["serve"]:
-            serve(settings, *argv[1:2], *map(int, argv[2:3]))
+            serve(settings, argv[1] if len(argv) > 1 else "0.0.0.0", int(argv[2]) if len(argv) > 2 else 5000)
         raise ServiceError(f"expected `migrate` or `serve`, got {argv}")
     except VlmflowError as error:
         print(f"error: {error}", file=sys.stderr)

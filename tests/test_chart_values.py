@@ -12,6 +12,9 @@ import pytest
 import yaml
 
 from pipelines import platform
+from vlmflow.errors import RecipeError
+from vlmflow.training.trainjob import runtime, schema
+from vlmflow.training.trainjob.config import TrainJobConfig
 
 DEFAULTS = yaml.safe_load((chart.CHART / "values.yaml").read_text())
 SCHEMA = json.loads((chart.CHART / "values.schema.json").read_text())
@@ -30,9 +33,10 @@ SCHEMA = json.loads((chart.CHART / "values.schema.json").read_text())
         ("objectStore.secretKey", "hunter2"),
         ("promoter.period", 1),
         ("promoter.after.deployment.env", "model-uri"),
-        ("training.pools.stage1.gpusPerNode", 0),
-        ("training.pools.stage1.memory", "12Gib"),
-        ("training.pools.Stage_1", {}),
+        ("training.pools.default.gpus", -1),
+        ("training.pools.default.memoryGiBPerProcess", "12Gib"),
+        ("training.pools.Sft", {}),
+        ("promoter.resources.limits.memory", "12Gib"),
         ("mlflow.backend.kind", "mysql"),
         ("networkPolicy.egressCidrs", ["everything"]),
         ("platform.root", "minio://bucket"),
@@ -109,6 +113,34 @@ def test_pipelines_read_what_the_chart_writes() -> None:
     data = found[platform.CONFIG_MAP]["data"]
     assert set(platform.CONFIG) <= set(data)
     assert all(isinstance(value, str) for value in data.values())
+
+
+def test_the_training_settings_are_the_launchers_own() -> None:
+    found = {i["metadata"]["name"]: i for i in chart.rendered("production") if i["kind"] == "ConfigMap"}
+    config = TrainJobConfig.model_validate(json.loads(found["vlmflow"]["data"]["trainJob"]))
+    assert config.runtime == "v-vlmflow-train" and config.service_account == "v-vlmflow-training"
+    assert config.pools["ocr"].shared and config.pools["ocr"].gpus == 1
+    assert config.pool("align")[0] == "default" and config.pools["default"].node_selector == {"pool": "h100"}
+    assert config.image_pull_secrets == ["registry"]
+    with pytest.raises(RecipeError, match="7 were asked for"):
+        config.shape("sft", 7)
+
+
+def test_the_runtime_is_the_one_that_the_library_prints() -> None:
+    (found,) = [copy.deepcopy(i) for i in chart.rendered("production") if i["kind"] == "TrainingRuntime"]
+    schema.check(found)
+    expected = runtime.training_runtime("image", name="v-vlmflow-train")
+    pod = found["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    labels = pod.pop("metadata")["labels"]
+    assert labels["app.kubernetes.io/component"] == "training"
+    container = pod["spec"]["containers"][0]
+    assert container.pop("image").startswith("registry.example.com/vlmflow/vlmflow-train@sha256:")
+    expected_pod = expected["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]
+    del expected_pod["spec"]["containers"][0]["image"]
+    for name, value in expected_pod["spec"]["containers"][0]["securityContext"].items():
+        assert container["securityContext"].pop(name) == value
+    del container["securityContext"], expected_pod["spec"]["containers"][0]["securityContext"]
+    assert found["spec"] == expected["spec"]
 
 
 def test_the_notes_name_three_commands() -> None:

@@ -64,9 +64,9 @@ annotations:
 
 {{- define "vlmflow.podSecurity" -}}
 runAsNonRoot: true
-runAsUser: 65532
-runAsGroup: 65532
-fsGroup: 65532
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
 seccompProfile: {type: RuntimeDefault}
 {{- end -}}
 
@@ -146,13 +146,30 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{/* pools and the stages on them as JSON, for the launcher */}}
-{{- define "vlmflow.pools" -}}
+{{/* settings of the TrainJob launcher (vlmflow/training/trainjob/config.py) as JSON */}}
+{{- define "vlmflow.trainjob" -}}
+{{- $names := dict "gpus" "gpus" "shared" "shared" "gpuResource" "gpu_resource" "cpusPerProcess" "cpus" "memoryGiBPerProcess" "memory_gib" "sharedMemoryGiB" "shm_gib" "scratchGiB" "scratch_gib" "nodeSelector" "node_selector" "tolerations" "tolerations" "queue" "queue" "priority" "priority" -}}
 {{- $pools := dict -}}
 {{- range $name, $pool := .Values.training.pools -}}
-{{- $_ := set $pools $name (merge (dict "runtime" (printf "%s-%s" (include "vlmflow.fullname" $) $name)) $pool) -}}
+{{- $made := dict -}}
+{{- range $key, $value := $pool -}}
+{{- $_ := set $made (get $names $key) $value -}}
 {{- end -}}
-{{- dict "pools" $pools "stages" .Values.training.stages "default" .Values.training.defaultPool | toJson -}}
+{{- $_ := set $pools $name $made -}}
+{{- end -}}
+{{- $secrets := list -}}
+{{- range .Values.imagePullSecrets -}}
+{{- $secrets = append $secrets .name -}}
+{{- end -}}
+{{- dict
+  "runtime" (printf "%s-train" (include "vlmflow.fullname" .))
+  "service_account" (printf "%s-training" (include "vlmflow.fullname" .))
+  "image_pull_secrets" $secrets
+  "deadline_seconds" (int .Values.training.activeDeadlineSeconds)
+  "grace_seconds" (int .Values.training.gracePeriodSeconds)
+  "patience_seconds" (int .Values.training.patienceSeconds)
+  "env" .Values.training.env
+  "pools" $pools | toJson -}}
 {{- end -}}
 
 {{- define "vlmflow.mlflowServerEnv" -}}
