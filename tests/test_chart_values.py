@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import chart_case as chart
@@ -143,7 +146,26 @@ def test_the_runtime_is_the_one_that_the_library_prints() -> None:
     assert found["spec"] == expected["spec"]
 
 
+def test_the_policies_are_the_promoters_own() -> None:
+    from services.promoter.__main__ import policies
+
+    (found,) = [i for i in chart.rendered("production") if i["metadata"]["name"].endswith("-policies")]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "policies.json"
+        path.write_text(found["data"]["policies.json"])
+        asked = policies(str(path), ["points-9b"], "approved-by")
+    assert asked["points-9b"].floors == {"mmbench": 0.6} and asked["points-9b"].approval_tag == "approved-by"
+
+
 def test_the_notes_name_three_commands() -> None:
     notes = next(text for path, text in chart.templates({}).items() if path.endswith("NOTES.txt"))
     for command in ("helm test v -n ml", "kubectl -n ml", "vlmflow submit"):
         assert command in notes
+
+
+def test_the_reference_is_up_to_date() -> None:
+    spec = importlib.util.spec_from_file_location("reference", chart.CHART.parents[1] / "docs" / "make_chart_reference.py")
+    assert spec and spec.loader
+    made = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(made)
+    assert (chart.CHART / "README.md").read_text() == made.text(), "run: python docs/make_chart_reference.py"

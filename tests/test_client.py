@@ -66,7 +66,7 @@ def test_a_dry_run_changes_nothing(client: Client, registered: Kfp) -> None:
 
 
 def test_bad_input_is_refused_before_anything_is_sent(client: Client, registered: Kfp, monkeypatch: Any) -> None:
-    with pytest.raises(RecipeError, match="stages.sft.epochs"):
+    with pytest.raises(RecipeError, match=r"stages\.sft\.epochs"):
         client.submit(RECIPE, ["stages.sft.epochs=-1"])
     with pytest.raises(RecipeError, match="no parameters \\['evaluator'\\]"):
         client.submit(RECIPE, parameters={"evaluator": 2})
