@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from vlmflow import cli_cluster
 from vlmflow.cli_options import Output, OutputOption, Overrides, RecipeArgument, StateOption
 from vlmflow.cli_plan import plan_app
 from vlmflow.errors import VlmflowError
@@ -32,6 +33,7 @@ data_app = typer.Typer(no_args_is_help=True, help="Look at datasets.")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(plan_app, name="plan")
+cli_cluster.add(app)
 
 
 DEMO_RECIPE = "recipes/points-tiny.yaml"

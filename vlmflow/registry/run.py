@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 import vlmflow
 from vlmflow.digest import digest
-from vlmflow.registry import gates, tracking
+from vlmflow.registry import dossier, gates, tracking
 from vlmflow.registry.rows import UNTRAINED, ScoreRow, chosen_row, final_row, score_rows
 
 if TYPE_CHECKING:
@@ -85,14 +85,18 @@ def run(
     key = digest({"weights": model.weights_sha256, "recipe": recipe_digest, "scores": measured})
     name = f"{spec.model}-candidates"
     ruling = score_rows(judged) if judged else rows
-    results = gates.evaluate(
-        ruling,
-        final_row(judged or scores, model.weights_sha256, chosen_row(soup)),
-        UNTRAINED,
-        spec.gates,
-        model,
-        [each.digest for each in datasets.values()],
-        recipe_digest,
+    judged_final = final_row(judged or scores, model.weights_sha256, chosen_row(soup))
+    known = [each.digest for each in datasets.values()]
+    results = gates.evaluate(ruling, judged_final, UNTRAINED, spec.gates, model, known, recipe_digest)
+    brings = dossier.Dossier(
+        model=model,
+        rows=[row for row in ruling if row.row in (judged_final, UNTRAINED)],
+        final=judged_final,
+        untrained=UNTRAINED,
+        tables={name: one.table_sha256 for name, one in (judged or scores)[judged_final].benchmarks.items()},
+        gates=spec.gates,
+        data=known,
+        recipe_digest=recipe_digest,
     )
     tags = _tags(ctx, model, soup, datasets, recipe_digest, key)
     tags.update(result.tag for result in results)
@@ -110,6 +114,7 @@ def run(
             model_id, source = _logged_model(ctx, mlflow, model, experiment_id, run_id, tags, name)
             _log_scores(mlflow, run_id, rows, final, model_id)
             _log_documents(mlflow, run_id, ctx, scores, soup)
+            dossier.log(mlflow, run_id, brings)
             if not os.environ.get("MLFLOW_RUN_ID"):  # a given run is ended by whoever opened it
                 mlflow.set_terminated(run_id, "FINISHED")
             made = mlflow.create_model_version(  # last: a version says that all of this is there

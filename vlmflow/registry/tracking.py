@@ -47,7 +47,7 @@ def client() -> MlflowClient:
     """
     uri = tracking_uri()
     if uri.startswith(("http://", "https://")):
-        _check_answers(without_credentials(uri).rstrip("/"))
+        check_answers(uri)
     for name, value in (
         ("MLFLOW_DISABLE_TELEMETRY", "true"),
         ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"),  # the default of 7 waits minutes for a dead server
@@ -65,8 +65,9 @@ def client() -> MlflowClient:
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
-def _check_answers(uri: str) -> None:
+def check_answers(uri: str) -> None:
     """One GET of `/health` (unauthenticated, platform.md 4.1) before the import of mlflow and its long retries."""
+    uri = without_credentials(uri).rstrip("/")
     try:
         with urllib.request.urlopen(f"{uri}/health", timeout=HEALTH_SECONDS):
             return
@@ -86,6 +87,16 @@ def _check_answers(uri: str) -> None:
             f"no MLflow server answers at MLFLOW_TRACKING_URI={uri} ({reason}). On a laptop start it with "
             "`vlmflow up`; finished work is kept, run the same command again afterwards."
         ) from error
+
+
+def server_version(uri: str) -> str:
+    """Version of the tracking server, such as "3.17.2". Raises RegistryError when it does not say."""
+    uri = without_credentials(uri).rstrip("/")
+    try:
+        with urllib.request.urlopen(f"{uri}/version", timeout=HEALTH_SECONDS) as answer:
+            return answer.read(100).decode().strip()
+    except (OSError, ValueError) as error:
+        raise RegistryError(f"the server at {uri} does not say which version of MLflow it is ({error})") from error
 
 
 @contextlib.contextmanager
