@@ -164,7 +164,9 @@ def test_the_notes_name_three_commands() -> None:
 
 
 def test_the_reference_is_up_to_date() -> None:
-    spec = importlib.util.spec_from_file_location("reference", chart.CHART.parents[1] / "docs" / "make_chart_reference.py")
+    spec = importlib.util.spec_from_file_location(
+        "reference", chart.CHART.parents[1] / "docs" / "make_chart_reference.py"
+    )
     assert spec and spec.loader
     made = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(made)
