@@ -24,7 +24,7 @@ from recovery_kill import contents
 from vlmflow import recipe, storage
 from vlmflow.curation import caption, pull
 from vlmflow.dataset.layer import add_layer
-from vlmflow.errors import DataError, ModelError, NoSpace, RecipeError, ServiceError, StepFailed
+from vlmflow.errors import DataError, ModelError, NoSpace, RecipeError, ServiceError, StepFailed, Unreachable
 from vlmflow.evaluation import run as evaluation
 from vlmflow.evaluation.scores import Scores
 from vlmflow.models import store
@@ -349,18 +349,18 @@ def test_a_store_that_is_away_is_no_reason_to_train_from_the_start(tmp_path, mon
     for step in (1, 2):
         checkpoint.save(base, checkpoint.Snapshot(step, tensors, tensors, {"plan": "p"}, ""), work, 2)
 
-    def full(uri: str, path: Path) -> None:
-        raise NoSpace("the disk is full")
+    def away(uri: str) -> None:
+        raise Unreachable("the store does not answer")
 
-    with monkeypatch.context() as patch, pytest.raises(NoSpace):
-        patch.setattr(storage, "get_file", full)
+    with monkeypatch.context() as patch, pytest.raises(Unreachable):
+        patch.setattr(storage, "read_json", away)
         checkpoint.newest(base, work)
     weights = tmp_path / "base/step-00000002" / checkpoint.WEIGHTS
     size = weights.stat().st_size
     weights.write_bytes(weights.read_bytes()[: size // 2])
     found, ignored = checkpoint.newest(base, work)
     assert found is not None and found.step == 1
-    assert f"step-00000002: {checkpoint.WEIGHTS} has {size // 2} bytes, {size} were recorded" in ignored[0]
+    assert f"step 2: {checkpoint.WEIGHTS} has {size // 2} bytes, {size} were recorded" in ignored[0]
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"accuracy": 1.0}', b"not json"])

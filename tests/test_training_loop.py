@@ -243,7 +243,7 @@ def test_a_stop_does_not_outlast_its_grace(
 
     def until(number: int, micros: list[Any]) -> Any:
         if number == 1:  # the first checkpoint is complete, the second will hang
-            assert made.writer.ready(30)
+            assert made.saver.writer.ready(30)
             stop.set()
         return step(number, micros)
 
@@ -253,7 +253,7 @@ def test_a_stop_does_not_outlast_its_grace(
     said = capsys.readouterr().out
     assert "checkpoint of step 2 was not finished within" in said and "the newest complete one is step 1" in said
     assert [s for s, names in checkpoint._steps(job.checkpoints).items() if checkpoint.MARKER in names] == [1]
-    thread = made.writer._thread
+    thread = made.saver.writer._thread
     gate.set()
     thread.join(30)
     storage.delete(storage.join(job.checkpoints, "step-00000002", checkpoint.MARKER))  # as if the process had ended

@@ -7,7 +7,6 @@ tokens divided by their number over all ranks and micro-batches, known from the 
 from __future__ import annotations
 
 import gc
-import shutil
 import threading
 import time
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -15,12 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vlmflow.training.job import Job, emit
 
 if TYPE_CHECKING:
-    from vlmflow.training.checkpoint_writer import Writer
     from vlmflow.training.loader import Loader, Micro
     from vlmflow.training.plan import Plan
     from vlmflow.training.reference import Reference
 
-NOT_COPIED = {"model.json", "model.safetensors.index.json"}
 REPORT_EVERY = 0.3  # seconds between step events
 
 
@@ -59,9 +56,9 @@ class Trainer:
 
         from vlmflow.training import engine as ds
         from vlmflow.training import setup
-        from vlmflow.training.checkpoint_writer import grace
         from vlmflow.training.health import Health
         from vlmflow.training.objective import OBJECTIVES
+        from vlmflow.training.saver import Saver
 
         self.job, self.stage, self.rank, self.world = job, job.stage, rank, world
         self.stop = stop or threading.Event()
@@ -74,14 +71,14 @@ class Trainer:
         self.objective = OBJECTIVES[job.stage.objective.kind]
         self.reference: Reference | None = None
         self.health = Health(job.stage.health)
-        self.writer: Writer | None = None
-        self.grace, self.saving = grace(), 0.0  # seconds: for a checkpoint after SIGTERM; the last save held the loop
+        self.saving = 0.0  # seconds that the last save held the loop
         self.summary: dict[str, Any] = made.table.as_json()
         if rank == 0:
             emit(event="table", text=made.table.as_text())
             for note in made.notes:
                 emit(event="note", text=note)
         self._prepare()
+        self.saver = Saver(job, self.engine, self.plan.digest(), rank, world, self.device)
 
     def _prepare(self) -> None:
         """The plan that the launcher made, and what turns its items into batches."""
@@ -115,12 +112,16 @@ class Trainer:
         from vlmflow.training import compiled
         from vlmflow.training import engine as ds
         from vlmflow.training.checkpoint_writer import PATIENCE
+        from vlmflow.training.health import Health
+        from vlmflow.training.output import write_model
         from vlmflow.training.record import step_record
         from vlmflow.training.schedule import named_rates, rate
 
         self._measure_reference()
-        first, log = self._resume()
         schedule, steps = self.stage.schedule, self.plan.steps
+        found = self.saver.resume(steps)
+        first = found.step if found else 0
+        self.health = Health(self.stage.health, found.state.get("health") if found else None)
         loader = self._loader(self.plan)
         if self.rank == 0:
             report = self.plan.report | {"imbalance": round(self.plan.imbalance(self.world), 4)}
@@ -134,12 +135,11 @@ class Trainer:
             for step, micros in loader.steps(first):
                 rates = ds.set_rates(self.engine, rate(step, steps, schedule.name, schedule.warmup, schedule.final))
                 result = self._step(step, micros)
-                if self.writer is not None:
-                    self.writer.poll()
+                self.saver.poll()
                 now = time.perf_counter()
                 if self.rank == 0 and step == first and self.stage.memory.compile:
                     emit(event="note", text=compiled.cost())
-                if self.rank == 0:
+                if self.saver.log is not None:
                     record = step_record(
                         self.plan,
                         step,
@@ -153,7 +153,7 @@ class Trainer:
                         result.metrics | ({"noise_norm": self.noise.norm() or 0.0} if self.noise else {}),
                     )
                     record |= {"checkpoint_wait": round(self.saving / (now - started), 4), **result.trouble}
-                    log.step(step, record)
+                    self.saver.log.step(step, record)
                     if now - shown > REPORT_EVERY or step + 1 == steps:
                         shown = now
                         emit(
@@ -165,21 +165,19 @@ class Trainer:
                 started, loader.waited, self.saving = now, 0.0, 0.0
                 done = step + 1
                 if done < steps and (result.stop or done % self.stage.checkpoint.every == 0):
-                    self._save(done, log, self.grace if result.stop else PATIENCE)
+                    self.saver.save(done, self.health.state(), self.saver.grace if result.stop else PATIENCE)
                     self.saving = time.perf_counter() - now
                 if result.stop and done < steps:
-                    self._stopped(now)
+                    self.saver.stopped(now)
                     status = "KILLED"
                     raise Preempted
-            self._finish()
+            write_model(self.job, self.engine, self.adapters, self.rank)
+            if self.rank == 0:
+                emit(event="done", step=steps)
             status = "FINISHED"
         finally:
             loader.close()
-            self._end_writer()
-            if log is not None:
-                log.close(status)
-                if log.tracker is not None and log.tracker.problem:
-                    emit(event="note", text=log.tracker.problem + "; training went on without it")
+            self.saver.close(status)
 
     def _loader(self, plan: Plan) -> Loader:
         """This rank's micro-batches of a plan."""
@@ -261,118 +259,3 @@ class Trainer:
             self.health.healthy(loss)
         metrics = dict(zip(list(sums)[1:], further, strict=True))
         return StepResult(loss, norm, int(images), stop > 0, metrics, trouble)
-
-    def _resume(self) -> tuple[int, Any]:
-        """(first step, log or None): state of the newest complete checkpoint is put back on every rank."""
-        from vlmflow.training.checkpoint_writer import Writer
-        from vlmflow.training.health import Health
-        from vlmflow.training.log import TrainLog, steps_before, tracker_from_environment
-        from vlmflow.training.resume import resume
-
-        job, policy = self.job, self.stage.checkpoint
-        found, ignored = resume(job, self.engine, self.plan.digest(), self.rank, self.world, self.device)
-        self.health = Health(self.stage.health, found.state.get("health") if found else None)
-        first, earlier = (found.step, steps_before(found.log, found.step)) if found else (0, "")
-        if self.rank:
-            return first, None
-        for text in ignored:
-            emit(event="note", text=f"checkpoint passed over: {text}")
-        if found is not None:
-            emit(
-                event="note",
-                text=f"resumed at step {first} of {self.plan.steps} (written by {found.state['world']} processes)",
-            )
-        work = job.work / "saving"
-        self.writer = Writer(
-            job.checkpoints, work, policy.keep, policy.keep_every, policy.background, first if found else None, emit
-        )
-        tracker, problem = None, ""
-        if job.tracking:
-            tracker, problem = tracker_from_environment(
-                **job.tracking, earlier=found.state.get("mlflow_run") if found else None
-            )
-        if problem:
-            emit(event="note", text=problem)
-        return first, TrainLog(job.log, earlier, tracker)
-
-    def _save(self, done: int, log: Any, patience: float) -> None:
-        """Capture the state on all ranks and hand it to the writer, once it has finished the checkpoint before.
-
-        Args:
-            patience: seconds it may take to do so; afterwards there is no checkpoint of this step.
-        """
-        from vlmflow.training import engine as ds
-        from vlmflow.training.checkpoint import Snapshot
-        from vlmflow.training.collective import from_first
-
-        ready = self.writer is None or self.writer.ready(patience)
-        if not from_first(ready, self.world, self.device):
-            if self.rank == 0:
-                emit(
-                    event="note",
-                    text=f"no checkpoint at step {done}: the one before is still being written. Training goes on; lengthen "
-                    "checkpoint.every or look at the store.",
-                )
-            return
-        weights, moments = ds.capture(self.engine)
-        if self.writer is not None:
-            state = {
-                "plan": self.plan.digest(),
-                "family": self.job.family,
-                "world": self.world,
-                "seed": self.job.seed,
-                "key": self.job.key,
-                "health": self.health.state(),
-            }
-            if log.tracker is not None and log.tracker.run_id:
-                state["mlflow_run"] = log.tracker.run_id
-            self.writer.write(Snapshot(done, weights, moments, state, log.text()))
-
-    def _stopped(self, since: float) -> None:
-        """After SIGTERM: no rank leaves before the checkpoint is written, or the time for it is over."""
-        from vlmflow.errors import StorageError
-        from vlmflow.training.collective import everyone
-
-        failed: StorageError | None = None
-        if self.writer is not None:
-            try:
-                self.writer.close(max(0.0, self.grace - (time.perf_counter() - since)))
-                if self.writer.complete is None:
-                    failed = StorageError("stopped before a checkpoint was complete: nothing of this training is saved")
-            except StorageError as error:
-                failed = error
-        everyone(failed is None, self.world, self.device)
-        if failed is not None:
-            raise failed
-
-    def _end_writer(self) -> None:
-        """Let a write in flight finish, however training ended; its failure does not hide how that was."""
-        from vlmflow.errors import StorageError
-
-        if self.writer is not None:
-            try:
-                self.writer.close(self.grace)
-            except StorageError as error:
-                emit(event="note", text=f"the last checkpoint was not written: {error}")
-
-    def _finish(self) -> None:
-        """Rank 0 writes the model folder: weights and config of the trained model, the rest as it was."""
-        from vlmflow.training import adapters
-        from vlmflow.training import engine as ds
-
-        state = ds.export_state(self.engine, exact=adapters.is_part)
-        if self.rank:
-            return
-        out = self.job.out
-        shutil.rmtree(out, ignore_errors=True)
-        initial = self.job.model_folder()
-        for path in sorted(initial.rglob("*")):
-            if path.is_file() and path.suffix != ".safetensors" and path.name not in NOT_COPIED:
-                target = out / path.relative_to(initial)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
-        self.engine.module.save_pretrained(out, state_dict=adapters.merge(state, self.adapters))
-        if (ema := self.engine.ema) is not None:
-            text = f"published is the moving average of the weights (decay {ema.decay:g}) over {ema.taken} steps"
-            emit(event="note", text=text)
-        emit(event="done", step=self.plan.steps)
