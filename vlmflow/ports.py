@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from vlmflow import pages, storage
+from vlmflow.dataset import groups
 from vlmflow.errors import DataError, RecipeError
 from vlmflow.registry.rows import UNTRAINED, chosen_row, soup_row
 
@@ -129,8 +132,16 @@ def pull(ctx: Context, dataset: str) -> Manifest:
     return step.run(ctx, dataset)
 
 
-def curate(ctx: Context, step: Any, manifest: Manifest, *inputs: Any) -> Manifest:
-    """Run a curation step, or hand the dataset through when the recipe curates none."""
+def curate(
+    ctx: Context, step: Any, manifest: Manifest, *inputs: Any, group: Mapping[str, Any] | None = None
+) -> Manifest:
+    """Run a curation step, or hand the dataset through when the recipe curates none.
+
+    With a `group` (of `vlmflow.dataset.groups`) only the layer parts of its shards are written; the step without a group
+    finds them and seals the manifest.
+    """
+    if group:
+        manifest, ctx = groups.cut(manifest, group), replace(ctx, parts_only=True)
     return step.run(ctx, manifest, *inputs) if ctx.recipe.curation.dataset else manifest
 
 
