@@ -47,7 +47,7 @@ def stored(root: Path) -> dict[str, bytes]:
 
 
 def test_the_same_bytes_whatever_the_grouping(world):
-    raw, vlm, folder = world
+    raw, _, folder = world
     found = []
     for count in (0, 1, 2, 5, 99):
         ctx = context(folder / "run", **RULES)  # the same place every time: addresses are part of a manifest

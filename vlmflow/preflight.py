@@ -10,14 +10,15 @@ import os
 import shutil
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 from vlmflow import storage, web
 from vlmflow.curation.table import check_host
-from vlmflow.errors import DataError, NotFound, RecipeError, ServiceError, VlmflowError
-from vlmflow.ports import DATASETS, STAGES
+from vlmflow.errors import DataError, NotFound, ServiceError, VlmflowError
+from vlmflow.pipeline_needs import Needs, needs_of, suits
 
 if TYPE_CHECKING:
     from vlmflow.recipe import Recipe
@@ -28,8 +29,14 @@ LEAST_FREE_BYTES = 256 * 2**20
 OPENED_BYTES = 256 * 2**20  # a larger table is only looked for; the step that reads it checks its columns
 
 
-def resolve(source: str, overrides: list[str], soup_choice: str = "recipe") -> Recipe:
-    """Load a recipe from a path or URI with overrides, and refuse what the points pipeline cannot run.
+def resolve(
+    source: str, overrides: list[str], soup_choice: str = "recipe", pipeline: str = "points", scorer: str = ""
+) -> Recipe:
+    """Load a recipe from a path or URI with overrides, and refuse what the pipeline cannot run.
+
+    Args:
+        soup_choice: put in the place of `soup.choose`, unless it is `recipe`.
+        scorer: address of the model that captions and scores, in the place of the recipe's; no bootstrap is trained then.
 
     Raises:
         RecipeError: naming the field and what is allowed.
@@ -39,37 +46,53 @@ def resolve(source: str, overrides: list[str], soup_choice: str = "recipe") -> R
     changes = list(overrides)
     if soup_choice != "recipe":
         changes.append(f"soup.choose={soup_choice}")
+    if scorer:
+        changes += ["curation.scorer=null", "bootstrap=null"]  # the steps get it as an artifact
     recipe = load(source, changes)
-    suits_pipeline(recipe)
+    suits(recipe, pipeline)
     return recipe
 
 
-def suits_pipeline(recipe: Recipe) -> None:
-    """Refuse sections that the points pipeline would silently not run. Raises RecipeError."""
-    problems = []
-    if unknown := sorted(set(recipe.data) - set(DATASETS)):
-        problems.append(
-            f"data: the points pipeline carries the datasets {list(DATASETS)}, the recipe also has {unknown}"
-        )
-    if unknown := [name for name in recipe.stages if name not in STAGES]:
-        problems.append(f"stages: the points pipeline runs {list(STAGES)}, the recipe also has {unknown}")
-    order = [name for name in STAGES if name in recipe.stages]
-    if list(recipe.stages) != order and not unknown:
-        problems.append(
-            f"stages: the points pipeline runs them in the order {order}, the recipe has {list(recipe.stages)}"
-        )
-    if recipe.curation.dataset not in (None, "web"):
-        problems.append(
-            f"curation.dataset: the points pipeline curates 'web', the recipe says '{recipe.curation.dataset}'"
-        )
-    if recipe.soup is None:
-        problems.append("soup: the points pipeline ends in a soup; name at least one candidate")
-    if problems:
-        raise RecipeError("the recipe does not fit the pipeline 'points':\n" + "\n".join(f"  - {p}" for p in problems))
+def check_given(
+    ctx: Context,
+    models: Collection[str] = (),
+    manifests: Mapping[str, str] | None = None,
+    stage: str = "",
+    candidate: str = "",
+) -> list[dict[str, str]]:
+    """Look for what the form names, so that a wrong name or address ends the run in its first seconds.
+
+    Args:
+        models: addresses (URIs or registered versions); empty ones are none.
+        manifests: dataset name -> URI of its manifest.
+        stage: stage of the recipe, with the soup candidate whose data it adds, if any.
+
+    Raises:
+        ModelError, RegistryError, DataError: there is none. RecipeError: the recipe has no such stage or candidate.
+    """
+    from vlmflow.dataset import manifest
+    from vlmflow.registry import address
+    from vlmflow.training.run import ingredients
+
+    rows = []
+    if stage:
+        ingredients(ctx.recipe, stage, candidate or None)
+        rows.append({"check": "the recipe has the stage", "found": f"{stage} {candidate}".strip()})
+    for named in filter(None, models):
+        rows.append({"check": f"model {named}", "found": address.find(named).weights_sha256})
+    for name, uri in (manifests or {}).items():
+        with _named(f"dataset {name}"):
+            found = manifest.load(uri)
+        rows.append({"check": f"dataset {name}", "found": f"{found.samples} samples, {found.digest}"})
+    return rows
 
 
-def check(ctx: Context) -> list[dict[str, str]]:
-    """Probe tables, object store, scratch disk, MLflow, services and, where stages are trained there, the cluster.
+def check(ctx: Context, pipeline: str = "points", given: Collection[str] = ()) -> list[dict[str, str]]:
+    """Probe what the pipeline needs of tables, object store, scratch disk, MLflow, services and, where stages are trained
+    there, the cluster.
+
+    Args:
+        given: datasets that come as manifests; their tables are not looked for.
 
     Returns:
         One row a check: `check` (what) and `found` (what answered).
@@ -79,8 +102,15 @@ def check(ctx: Context) -> list[dict[str, str]]:
         DataError: a table of the recipe does not exist, lacks a column, or a benchmark has a wrong row.
         ServiceError: a server of tables, MLflow or another service does not answer, or its address is not configured.
     """
-    rows = []
-    probes = (_store, _scratch, _tables, _mlflow, _services, _training)
+    needs, rows = needs_of(pipeline), []
+    probes: list[Callable[[Context], list[tuple[str, str]]]] = [_store, _scratch]
+    if needs.tables or needs.benchmarks:
+        probes.append(partial(_tables, needs=needs, given=given))
+    probes += [
+        probe
+        for wanted, probe in ((needs.mlflow, _mlflow), (needs.curation, _services), (needs.training, _training))
+        if wanted
+    ]
     with ctx.progress("preflight", len(probes), "checks") as progress:
         for probe in probes:
             rows += [{"check": what, "found": found} for what, found in probe(ctx)]
@@ -104,7 +134,7 @@ def _scratch(ctx: Context) -> list[tuple[str, str]]:
     return [("scratch disk", f"{free / 2**30:.1f} GiB free at {ctx.scratch}")]
 
 
-def _tables(ctx: Context) -> list[tuple[str, str]]:
+def _tables(ctx: Context, needs: Needs, given: Collection[str]) -> list[tuple[str, str]]:
     from vlmflow.curation.pull import columns_of
     from vlmflow.curation.table import check_columns, localize
     from vlmflow.evaluation.table_file import local_table
@@ -113,7 +143,9 @@ def _tables(ctx: Context) -> list[tuple[str, str]]:
     recipe = ctx.recipe
     allow = frozenset(host.lower() for host in recipe.pull.allow_hosts)
     large = []
-    for dataset, spec in recipe.data.items():
+    data = {name: spec for name, spec in recipe.data.items() if needs.tables and name not in given}
+    benchmarks = recipe.evaluation.benchmarks if needs.benchmarks else {}
+    for dataset, spec in data.items():
         for name, source in spec.sources.items():
             field = f"data.{dataset}.sources.{name}"
             if _size(f"{field}.table", source.table, allow) > OPENED_BYTES:
@@ -122,14 +154,14 @@ def _tables(ctx: Context) -> list[tuple[str, str]]:
             with _named(f"{field}.table"):
                 path = localize(source.table, ctx.scratch, allow)
             check_columns(path, columns_of(source), field, source.table)
-    for name, benchmark in recipe.evaluation.benchmarks.items():
+    for name, benchmark in benchmarks.items():
         field = f"evaluation.benchmarks.{name}.table"
         if _size(field, benchmark.table, allow) > OPENED_BYTES:
             large.append(benchmark.table)
             continue
         with _named(f"{field}: {benchmark.table}"):
             Table(local_table(benchmark.table, ctx.scratch, allow), benchmark.kind, name)
-    count = sum(len(spec.sources) for spec in recipe.data.values()) + len(recipe.evaluation.benchmarks)
+    count = sum(len(spec.sources) for spec in data.values()) + len(benchmarks)
     found = f"{count} tables"
     if large:
         found += f"; not opened, above {OPENED_BYTES // 2**20} MiB: {', '.join(large)}"

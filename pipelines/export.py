@@ -1,0 +1,28 @@
+"""A Hugging Face directory of any model: a registered version, as after a promotion, or a folder of the store."""
+
+from kfp import dsl
+
+from components.contestants import contestants
+from components.export import export as export_model
+from components.initial import initial
+from components.preflight import preflight
+from pipelines import parts
+from pipelines.platform import once
+
+
+@dsl.pipeline(name="export", display_name="Export: a Hugging Face directory of one model")
+def export(recipe: str, model: str, overrides: list = []):  # noqa: B006
+    """Export a model with a card that states its scores; scores that were measured before are found again.
+
+    Args:
+        recipe: Recipe (YAML or JSON) that the model was made by, as a path in the image or a URI in the object store.
+        model: Model to export: URI of its folder, or a registered version such as models:/NAME@champion.
+        overrides: Changes to the recipe, each `section.key=value`, such as ["export.licence=apache-2.0"].
+    """
+    with parts.finished():
+        checked = once(preflight(source=recipe, overrides=overrides, pipeline="export", model=model))
+        resolved = checked.outputs["recipe"]
+        opened = once(initial(recipe=resolved, given=model)).set_display_name("open model")
+        dealt = once(contestants(recipe=resolved, models=[model], evaluators=1))
+        table = parts.scored(resolved, dealt)
+        once(export_model(recipe=resolved, model=opened.outputs["model"], scores=table()))
