@@ -1,13 +1,13 @@
-"""Component `contestants`: models that a person names, dealt to as many evaluation tasks as asked for."""
+"""Component `contestants`: models that a person names, and one that is open, dealt to as many evaluation tasks as asked for."""
 
 from kfp import dsl
-from kfp.dsl import Artifact, Input
+from kfp.dsl import Artifact, Input, Model
 
 from components import IMAGE
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def contestants(recipe: Input[Artifact], models: list, evaluators: int) -> list:
+def contestants(recipe: Input[Artifact], models: list, evaluators: int, opened: Input[Model] = None) -> list:
     """List the models to evaluate, in groups: one group a task.
 
     Args:
@@ -18,4 +18,4 @@ def contestants(recipe: Input[Artifact], models: list, evaluators: int) -> list:
     from vlmflow.step import open_step
 
     with open_step("contestants", recipe.path) as ctx:
-        return ports.contestants(ctx, models, evaluators)
+        return ports.contestants(ctx, models, evaluators, opened)

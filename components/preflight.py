@@ -46,5 +46,5 @@ def preflight(
     with open_step("preflight", recipe.path) as ctx:
         given = {name: uri for name, uri in {"seed": seed, "web": web, "sft": sft}.items() if uri}
         checks = preflight.check_given(ctx, [scorer, model], given, stage, candidate)
-        checks += preflight.check(ctx, pipeline, given)
+        checks += preflight.check(ctx, pipeline, given, stage, candidate)
         ports.show("Preflight", {"checks": len(checks)}, page, metrics, table=checks)

@@ -22,7 +22,7 @@ def export(recipe: str, model: str, overrides: list = []):  # noqa: B006
     with parts.finished():
         checked = once(preflight(source=recipe, overrides=overrides, pipeline="export", model=model))
         resolved = checked.outputs["recipe"]
-        opened = once(initial(recipe=resolved, given=model)).set_display_name("open model")
-        dealt = once(contestants(recipe=resolved, models=[model], evaluators=1))
+        opened = once(initial(recipe=resolved, given=model)).set_display_name("open model").outputs["model"]
+        dealt = once(contestants(recipe=resolved, models=[], evaluators=1, opened=opened))
         table = parts.scored(resolved, dealt)
-        once(export_model(recipe=resolved, model=opened.outputs["model"], scores=table()))
+        once(export_model(recipe=resolved, model=opened, scores=table()))

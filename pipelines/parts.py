@@ -3,7 +3,6 @@
 Called inside a `@dsl.pipeline` function. A dataset or model in these signatures is the output of a task.
 """
 
-from collections.abc import Callable
 from functools import partial
 
 from kfp import dsl
@@ -30,11 +29,11 @@ def finished():
     return dsl.ExitHandler(once(finish()), name="run")
 
 
-def datasets(resolved, seed="", web="", sft="") -> dict:
-    """The recipe's datasets by name: those given as manifest URIs, the others pulled."""
+def datasets(resolved, seed="", web="", sft="", **of) -> dict:
+    """The recipe's datasets by name: those given as manifest URIs, the others pulled (of=stage, candidate: as they need)."""
     given = {"seed": seed, "web": web, "sft": sft}
     return {
-        name: repeatable(pull(recipe=resolved, dataset=name, manifest=uri))
+        name: repeatable(pull(recipe=resolved, dataset=name, manifest=uri, **of))
         .set_display_name(f"pull {name}")
         .outputs["data"]
         for name, uri in given.items()
@@ -65,11 +64,12 @@ def curated_in_groups(resolved, raw, model, count):
 def _layers(resolved, data, model, group=None):
     for step, wanted in ((ocr, {}), (caption, {"model": model}), (fuse, {}), (perplexity, {"model": model})):
         given = {} if group is None else {"group": group}
-        data = repeatable(step(recipe=resolved, dataset=data, **wanted, **given)).outputs["data"]
+        made = repeatable(step(recipe=resolved, dataset=data, **wanted, **given))
+        data = made.set_display_name(f"{step.name} of a group" if given else step.name).outputs["data"]
     return data
 
 
-def candidates(resolved, init, data: dict, stage: str = "") -> Callable:
+def candidates(resolved, init, data: dict, stage: str = "") -> partial:
     """The soup's stage trained once a candidate. Returns a function that gathers the models, for one consumer each: the kfp
     compiler rewrites a dsl.Collected when it resolves it, so one cannot be shared."""
     names = repeatable(plan(recipe=resolved))
@@ -79,14 +79,14 @@ def candidates(resolved, init, data: dict, stage: str = "") -> Callable:
     return partial(dsl.Collected, trained.outputs["model"])
 
 
-def scored(resolved, dealt, split="report") -> Callable:
+def scored(resolved, dealt, split="report") -> partial:
     """Groups of models evaluated side by side. Returns a function that gathers the scores, for one consumer each."""
     with dsl.ParallelFor(dealt.output) as group:
         made = once(evaluate(recipe=resolved, group=group, split=split))
     return partial(dsl.Collected, made.outputs["scores"])
 
 
-def souped(resolved, trained: Callable, untrained, evaluators, **others) -> tuple:
+def souped(resolved, trained: partial, untrained, evaluators, **others) -> tuple:
     """Soups of the candidates, and every model's scores. Returns the soup task and a function that gathers the scores."""
     soups = repeatable(soup(recipe=resolved, candidates=trained()))
     dealt = repeatable(

@@ -49,7 +49,7 @@ def soup(
         start = once(initial(recipe=resolved, given=checkpoint)).set_display_name("open checkpoint")
         data = parts.datasets(resolved, **given)
         # what the gates compare with: the recipe's model before any training
-        untrained = repeatable(initial(recipe=resolved, **data)).outputs["model"]
+        untrained = repeatable(initial(recipe=resolved, **data)).set_display_name("initial").outputs["model"]
         trained = parts.candidates(resolved, start.outputs["model"], data)
         soups, table = parts.souped(resolved, trained, untrained, evaluators)
         once(scoreboard(recipe=resolved, scores=table()))

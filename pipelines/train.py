@@ -27,9 +27,10 @@ def train(
         model: Model to start from: URI of its folder, or a registered version such as models:/NAME/3.
         stage: Name of the stage in the recipe; `bootstrap` is the recipe's section of that name.
         candidate: Soup candidate whose data is added to the stage's own, or empty.
-        seed: URI of the manifest of dataset `seed`; empty = pulled by the recipe.
-        web: URI of the manifest of dataset `web`, with the layers that the stage's texts need; empty = pulled by the recipe.
-        sft: URI of the manifest of dataset `sft`; empty = pulled by the recipe.
+        seed: URI of the manifest of dataset `seed`; empty = pulled by the recipe if the stage uses it.
+        web: URI of the manifest of dataset `web`, as `curate` seals it; empty = pulled by the recipe, without any layer, if the
+            stage uses it.
+        sft: URI of the manifest of dataset `sft`; empty = pulled by the recipe if the stage uses it.
         overrides: Changes to the recipe, each `section.key=value`, such as ["stages.sft.epochs=2"].
     """
     given = {"seed": seed, "web": web, "sft": sft}
@@ -47,5 +48,5 @@ def train(
         )
         resolved = checked.outputs["recipe"]
         start = once(initial(recipe=resolved, given=model)).set_display_name("open model")
-        data = parts.datasets(resolved, **given)
+        data = parts.datasets(resolved, stage=stage, candidate=candidate, **given)
         repeatable(train_stage(recipe=resolved, init=start.outputs["model"], stage=stage, candidate=candidate, **data))

@@ -139,17 +139,24 @@ def manifests_of(ctx: Context, model: ModelRef) -> dict[str, Manifest]:
     return dict(sorted(found.items()))
 
 
-def pull(ctx: Context, dataset: str, manifest: str = "") -> Manifest:
+def pull(ctx: Context, dataset: str, manifest: str = "", stage: str = "", candidate: str = "") -> Manifest:
     """Open the manifest that is given, else pull a dataset of the recipe; an empty dataset when the recipe has none of that
-    name."""
+    name, or the stage that it is for does not use it."""
     from vlmflow.curation import pull as step
     from vlmflow.dataset.manifest import Manifest, load
 
     if manifest:
         return load(manifest)
-    if dataset not in ctx.recipe.data:
+    if dataset not in ctx.recipe.data or not used(ctx.recipe, dataset, stage, candidate):
         return Manifest(name=dataset, shards=[])
     return step.run(ctx, dataset)
+
+
+def used(recipe: Recipe, dataset: str, stage: str, candidate: str = "") -> bool:
+    """Whether a stage learns from a dataset; without a stage every dataset is used. Raises RecipeError for an unknown one."""
+    from vlmflow.training.run import ingredients
+
+    return not stage or dataset in {use.dataset for use in ingredients(recipe, stage, candidate or None)}
 
 
 def named(step: str, group: Mapping[str, Any]) -> str:
@@ -276,8 +283,10 @@ def lineup(
     return deal(models, evaluators)
 
 
-def contestants(ctx: Context, addresses: list[str], evaluators: int) -> list[dict[str, Any]]:
-    """Models that a person names by URI or registered version, dealt into groups as `lineup` does.
+def contestants(
+    ctx: Context, addresses: list[str], evaluators: int, opened: Port | None = None
+) -> list[dict[str, Any]]:
+    """Models that a person names by URI or registered version, and one that is open, dealt into groups as `lineup` does.
 
     A row bears the model's name; models of one name also the beginning of their weights' hash.
 
@@ -288,9 +297,10 @@ def contestants(ctx: Context, addresses: list[str], evaluators: int) -> list[dic
 
     from vlmflow.registry import address
 
-    if not addresses:
+    named = [*map(address.find, addresses), *([get_model(opened)] if opened is not None else [])]
+    if not named:
         raise RecipeError("models: the list is empty; name at least one model by URI or registered version")
-    refs = {ref.weights_sha256 + ref.uri: ref for ref in map(address.find, addresses)}.values()
+    refs = {ref.weights_sha256 + ref.uri: ref for ref in named}.values()
     often = Counter(ref.name for ref in refs)
     models = {ref.name if often[ref.name] == 1 else f"{ref.name}-{ref.weights_sha256[:8]}": ref for ref in refs}
     return deal(models, evaluators)

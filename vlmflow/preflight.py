@@ -19,8 +19,10 @@ from vlmflow import storage, web
 from vlmflow.curation.table import check_host
 from vlmflow.errors import DataError, NotFound, ServiceError, VlmflowError
 from vlmflow.pipeline_needs import Needs, needs_of, suits
+from vlmflow.ports import used
 
 if TYPE_CHECKING:
+    from vlmflow.dataset.manifest import Manifest
     from vlmflow.recipe import Recipe
     from vlmflow.step import Context
 
@@ -72,27 +74,43 @@ def check_given(
     """
     from vlmflow.dataset import manifest
     from vlmflow.registry import address
-    from vlmflow.training.run import ingredients
 
-    rows = []
-    if stage:
-        ingredients(ctx.recipe, stage, candidate or None)
-        rows.append({"check": "the recipe has the stage", "found": f"{stage} {candidate}".strip()})
+    rows, opened = [], {}
     for named in filter(None, models):
         rows.append({"check": f"model {named}", "found": address.find(named).weights_sha256})
     for name, uri in (manifests or {}).items():
         with _named(f"dataset {name}"):
-            found = manifest.load(uri)
+            opened[name] = found = manifest.load(uri)
         rows.append({"check": f"dataset {name}", "found": f"{found.samples} samples, {found.digest}"})
+    if stage:
+        _check_layers(ctx.recipe, stage, candidate, opened)
+        rows.append({"check": "stage and its layers", "found": f"{stage} {candidate}".strip()})
     return rows
 
 
-def check(ctx: Context, pipeline: str = "points", given: Collection[str] = ()) -> list[dict[str, str]]:
+def _check_layers(recipe: Recipe, stage: str, candidate: str, opened: Mapping[str, Manifest]) -> None:
+    """The texts and selections that a stage learns from are made by `curate`; pulling alone does not make them."""
+    from vlmflow.training.run import ingredients
+
+    for use in ingredients(recipe, stage, candidate or None):
+        layers = [*([use.text] if use.text in ("ocr", "synthetic", "fused") else []), *(["keep"] if use.keep else [])]
+        have = opened[use.dataset].layers if use.dataset in opened else {}
+        if missing := [layer for layer in layers if layer not in have]:
+            raise DataError(
+                f"stage '{stage}' learns from layers {missing} of dataset '{use.dataset}'; the manifest given for it has "
+                f"{sorted(have) or 'none'}. Run the pipeline curate and give the manifest of its last step as {use.dataset}."
+            )
+
+
+def check(
+    ctx: Context, pipeline: str = "points", given: Collection[str] = (), stage: str = "", candidate: str = ""
+) -> list[dict[str, str]]:
     """Probe what the pipeline needs of tables, object store, scratch disk, MLflow, services and, where stages are trained
     there, the cluster.
 
     Args:
         given: datasets that come as manifests; their tables are not looked for.
+        stage: stage that is trained, with its soup candidate; empty = all of the recipe's datasets are pulled.
 
     Returns:
         One row a check: `check` (what) and `found` (what answered).
@@ -105,7 +123,7 @@ def check(ctx: Context, pipeline: str = "points", given: Collection[str] = ()) -
     needs, rows = needs_of(pipeline), []
     probes: list[Callable[[Context], list[tuple[str, str]]]] = [_store, _scratch]
     if needs.tables or needs.benchmarks:
-        probes.append(partial(_tables, needs=needs, given=given))
+        probes.append(partial(_tables, needs=needs, given=given, stage=stage, candidate=candidate))
     probes += [
         probe
         for wanted, probe in ((needs.mlflow, _mlflow), (needs.curation, _services), (needs.training, _training))
@@ -134,7 +152,7 @@ def _scratch(ctx: Context) -> list[tuple[str, str]]:
     return [("scratch disk", f"{free / 2**30:.1f} GiB free at {ctx.scratch}")]
 
 
-def _tables(ctx: Context, needs: Needs, given: Collection[str]) -> list[tuple[str, str]]:
+def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, candidate: str) -> list[tuple[str, str]]:
     from vlmflow.curation.pull import columns_of
     from vlmflow.curation.table import check_columns, localize
     from vlmflow.evaluation.table_file import local_table
@@ -143,7 +161,11 @@ def _tables(ctx: Context, needs: Needs, given: Collection[str]) -> list[tuple[st
     recipe = ctx.recipe
     allow = frozenset(host.lower() for host in recipe.pull.allow_hosts)
     large = []
-    data = {name: spec for name, spec in recipe.data.items() if needs.tables and name not in given}
+    data = {
+        name: spec
+        for name, spec in recipe.data.items()
+        if needs.tables and name not in given and used(recipe, name, stage, candidate)
+    }
     benchmarks = recipe.evaluation.benchmarks if needs.benchmarks else {}
     for dataset, spec in data.items():
         for name, source in spec.sources.items():
