@@ -45,6 +45,7 @@ def preflight(
     ports.put_recipe(resolved, recipe)
     with open_step("preflight", recipe.path) as ctx:
         given = {name: uri for name, uri in {"seed": seed, "web": web, "sft": sft}.items() if uri}
-        checks = preflight.check_given(ctx, [scorer, model], given, stage, candidate)
+        trainings = preflight.trainings_of(ctx.recipe, pipeline, stage, candidate)
+        checks = preflight.check_given(ctx, [model], given, trainings)
         checks += preflight.check(ctx, pipeline, given, stage, candidate)
         ports.show("Preflight", {"checks": len(checks)}, page, metrics, table=checks)

@@ -39,17 +39,20 @@ def resolve(
     Args:
         soup_choice: put in the place of `soup.choose`, unless it is `recipe`.
         scorer: address of the model that captions and scores, in the place of the recipe's; no bootstrap is trained then.
+            The recipe gets the URI of its folder, so that an alias that moves meanwhile changes nothing.
 
     Raises:
         RecipeError: naming the field and what is allowed.
+        ModelError, RegistryError: there is no such scorer.
     """
     from vlmflow.recipe import load
+    from vlmflow.registry import address
 
     changes = list(overrides)
     if soup_choice != "recipe":
         changes.append(f"soup.choose={soup_choice}")
     if scorer:
-        changes += ["curation.scorer=null", "bootstrap=null"]  # the steps get it as an artifact
+        changes += [f"curation.scorer={address.find(scorer).uri}", "bootstrap=null"]
     recipe = load(source, changes)
     suits(recipe, pipeline)
     return recipe
@@ -59,15 +62,14 @@ def check_given(
     ctx: Context,
     models: Collection[str] = (),
     manifests: Mapping[str, str] | None = None,
-    stage: str = "",
-    candidate: str = "",
+    trainings: Collection[tuple[str, str]] = (),
 ) -> list[dict[str, str]]:
     """Look for what the form names, so that a wrong name or address ends the run in its first seconds.
 
     Args:
         models: addresses (URIs or registered versions); empty ones are none.
         manifests: dataset name -> URI of its manifest.
-        stage: stage of the recipe, with the soup candidate whose data it adds, if any.
+        trainings: as `trainings_of` lists them; their layers must be in the manifests.
 
     Raises:
         ModelError, RegistryError, DataError: there is none. RecipeError: the recipe has no such stage or candidate.
@@ -82,10 +84,20 @@ def check_given(
         with _named(f"dataset {name}"):
             opened[name] = found = manifest.load(uri)
         rows.append({"check": f"dataset {name}", "found": f"{found.samples} samples, {found.digest}"})
-    if stage:
-        _check_layers(ctx.recipe, stage, candidate, opened)
-        rows.append({"check": "stage and its layers", "found": f"{stage} {candidate}".strip()})
+    for name, extra in trainings:
+        _check_layers(ctx.recipe, name, extra, opened)
+        rows.append({"check": "stage and its layers", "found": f"{name} {extra}".strip()})
     return rows
+
+
+def trainings_of(recipe: Recipe, pipeline: str, stage: str = "", candidate: str = "") -> list[tuple[str, str]]:
+    """(stage, candidate) of what a pipeline trains from given datasets: the stage that is asked for, or the soup's
+    candidates."""
+    if stage:
+        return [(stage, candidate)]
+    if pipeline == "soup" and recipe.soup:
+        return [(recipe.soup.stage, name) for name in recipe.soup.candidates]
+    return []
 
 
 def _check_layers(recipe: Recipe, stage: str, candidate: str, opened: Mapping[str, Manifest]) -> None:
