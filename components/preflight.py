@@ -26,7 +26,7 @@ def preflight(
     """Resolve the recipe and check what the pipeline needs: tables, object store, MLflow, services, cluster.
 
     Args:
-        source: Recipe, as a path in the image or a URI in the object store.
+        source: Recipe, as a path in the image or a URI in the object store; empty = the one recorded with the registered `model`.
         overrides: Changes to the recipe, each `section.key=value`.
         pipeline: The pipeline that asks.
         soup_choice: Which soup is exported; `recipe` keeps what the recipe says.
@@ -41,7 +41,7 @@ def preflight(
     from vlmflow import ports, preflight
     from vlmflow.step import open_step
 
-    resolved = preflight.resolve(source, overrides, soup_choice, pipeline, scorer)
+    resolved = preflight.resolve(source, overrides, soup_choice, pipeline, scorer, model)
     ports.put_recipe(resolved, recipe)
     with open_step("preflight", recipe.path) as ctx:
         given = {name: uri for name, uri in {"seed": seed, "web": web, "sft": sft}.items() if uri}

@@ -11,12 +11,13 @@ from pipelines.platform import once
 
 
 @dsl.pipeline(name="export", display_name="Export: a Hugging Face directory of one model")
-def export(recipe: str, model: str, overrides: list = []):  # noqa: B006
+def export(model: str, recipe: str = "", overrides: list = []):  # noqa: B006
     """Export a model with a card that states its scores; scores that were measured before are found again.
 
     Args:
-        recipe: Recipe (YAML or JSON) that the model was made by, as a path in the image or a URI in the object store.
         model: Model to export: URI of its folder, or a registered version such as models:/NAME@champion.
+        recipe: Recipe (YAML or JSON) that the model was made by, as a path in the image or a URI in the object store; empty =
+            the one recorded with the registered version.
         overrides: Changes to the recipe, each `section.key=value`, such as ["export.licence=apache-2.0"].
     """
     with parts.finished():

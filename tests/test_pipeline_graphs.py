@@ -11,7 +11,7 @@ FIRST = dict.fromkeys(compiler.PIPELINES, "preflight") | {"promote": "verify"}
 FORMS = {
     "curate": (["recipe"], {"model", "overrides", "shard_groups"}),
     "evaluate": (["models", "recipe"], {"evaluators", "overrides", "split"}),
-    "export": (["model", "recipe"], {"overrides"}),
+    "export": (["model"], {"overrides", "recipe"}),
     "points": (["recipe"], {"evaluators", "overrides", "soup_choice"}),
     "promote": (["model"], {"candidate"}),
     "soup": (["checkpoint", "recipe"], {"evaluators", "overrides", "seed", "sft", "soup_choice", "web"}),

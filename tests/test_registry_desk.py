@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import registry_world as world
 
-from vlmflow import local_stack
-from vlmflow.errors import RegistryError, ServiceError
+from vlmflow import local_stack, preflight
+from vlmflow.errors import RecipeError, RegistryError, ServiceError
 from vlmflow.registry import address, desk, tracking
 
 
@@ -41,8 +41,12 @@ def test_from_candidate_to_champion_and_its_address(mlflow, tmp_path: Path, monk
     assert desk.promote("m").action == "unchanged"  # a retry changes nothing
     assert address.find("models:/m@champion") == address.find("models:/m-candidates/1") == good
     assert address.find("models:/m-candidates/2") == bad
+    recipe = preflight.resolve("", ["seed=9"], pipeline="export", model="models:/m@champion")
+    assert recipe.seed == 9 and recipe.registry.model == "m"
     with pytest.raises(RegistryError):
         address.find("models:/m@nobody")
+    with pytest.raises(RecipeError, match="no registered version whose recipe could be looked up"):
+        preflight.resolve("", [], pipeline="export", model="s3://vlmflow/models/x")
 
 
 def test_the_installations_policy_is_asked_not_the_form(mlflow, tmp_path: Path, monkeypatch) -> None:

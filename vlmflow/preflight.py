@@ -8,11 +8,13 @@ from __future__ import annotations
 import http.client
 import os
 import shutil
+import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmflow import storage, web
@@ -32,7 +34,12 @@ OPENED_BYTES = 256 * 2**20  # a larger table is only looked for; the step that r
 
 
 def resolve(
-    source: str, overrides: list[str], soup_choice: str = "recipe", pipeline: str = "points", scorer: str = ""
+    source: str,
+    overrides: list[str],
+    soup_choice: str = "recipe",
+    pipeline: str = "points",
+    scorer: str = "",
+    model: str = "",
 ) -> Recipe:
     """Load a recipe from a path or URI with overrides, and refuse what the pipeline cannot run.
 
@@ -40,6 +47,7 @@ def resolve(
         soup_choice: put in the place of `soup.choose`, unless it is `recipe`.
         scorer: address of the model that captions and scores, in the place of the recipe's; no bootstrap is trained then.
             The recipe gets the URI of its folder, so that an alias that moves meanwhile changes nothing.
+        model: registered version whose recipe is used when `source` is empty.
 
     Raises:
         RecipeError: naming the field and what is allowed.
@@ -53,7 +61,11 @@ def resolve(
         changes.append(f"soup.choose={soup_choice}")
     if scorer:
         changes += [f"curation.scorer={address.find(scorer).uri}", "bootstrap=null"]
-    recipe = load(source, changes)
+    if source:
+        recipe = load(source, changes)
+    else:
+        with tempfile.TemporaryDirectory(prefix="vlmflow-recipe-") as folder:
+            recipe = load(str(address.recorded_recipe(model, Path(folder))), changes)
     suits(recipe, pipeline)
     return recipe
 

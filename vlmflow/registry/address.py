@@ -7,10 +7,11 @@ step `register` put into the candidate's run, so that the model is the very one 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from vlmflow import storage
-from vlmflow.errors import ModelError, NotFound, RegistryError
+from vlmflow.errors import ModelError, NotFound, RecipeError, RegistryError
 from vlmflow.models import store
 
 if TYPE_CHECKING:
@@ -49,8 +50,35 @@ def find(address: str) -> ModelRef:
         ) from error
 
 
+def recorded_recipe(address: str, folder: Path) -> Path:
+    """The recipe that a registered version was made by, as a file in `folder`.
+
+    Raises:
+        RecipeError: the address is none of a registered version.
+        RegistryError: no such version, or its run holds no recipe.
+    """
+    if not is_registered(address):
+        raise RecipeError(
+            f"recipe: empty, and '{address}' is no registered version whose recipe could be looked up; name the recipe"
+        )
+    from vlmflow.registry import tracking
+    from vlmflow.registry.run import RECIPE_DOCUMENT
+
+    version = _version(address)
+    with tracking.translated(f"reading the recipe of {address}"):
+        return Path(tracking.client().download_artifacts(version.run_id, RECIPE_DOCUMENT, str(folder)))
+
+
 def _registered(address: str) -> ModelRef:
     from vlmflow.registry import dossier, tracking
+
+    version = _version(address)
+    with tracking.translated(f"reading {address}"):
+        return dossier.read(tracking.client(), str(version.run_id), f"{version.name}/{version.version}").model
+
+
+def _version(address: str) -> Any:
+    from vlmflow.registry import tracking
 
     found = _VERSION.fullmatch(address)
     if not found:
@@ -58,7 +86,5 @@ def _registered(address: str) -> ModelRef:
     with tracking.translated(f"reading {address}"):
         mlflow = tracking.client()
         if found["alias"]:
-            version = mlflow.get_model_version_by_alias(found["name"], found["alias"])
-        else:
-            version = mlflow.get_model_version(found["name"], found["version"])
-        return dossier.read(mlflow, str(version.run_id), f"{version.name}/{version.version}").model
+            return mlflow.get_model_version_by_alias(found["name"], found["alias"])
+        return mlflow.get_model_version(found["name"], found["version"])
