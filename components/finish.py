@@ -14,4 +14,5 @@ def finish(status: PipelineTaskFinalStatus, page: Output[HTML]):
 
     with frame("finish"):
         made = finish.run(status.state, status.pipeline_task_name or "", status.error_message or "")
-        ports.show(f"Run {made['state'].lower()}", made, page, None, table=finish.rows(made))
+        steps = made.pop("steps")
+        ports.show(f"Run {made['state'].lower()}", made, page, None, table=steps)

@@ -12,7 +12,7 @@ from pipelines import parts
 from pipelines.platform import once
 
 
-@dsl.pipeline(name="curate", display_name="Curation: from URLs to selected captions")
+@dsl.pipeline(name="vlmflow-curate", display_name="Curation: from URLs to selected captions")
 def curate(recipe: str, overrides: list = [], model: str = "", shard_groups: int = 8):  # noqa: B006
     """Pull the recipe's datasets and curate the web data: OCR, caption, fuse, perplexity, keep.
 

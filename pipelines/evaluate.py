@@ -11,7 +11,7 @@ from pipelines.platform import once
 LITERALS = {"split": ["report", "selection"]}
 
 
-@dsl.pipeline(name="evaluate", display_name="Evaluation: models on the recipe's benchmarks")
+@dsl.pipeline(name="vlmflow-evaluate", display_name="Evaluation: models on the recipe's benchmarks")
 def evaluate(recipe: str, models: list, split: str = "report", evaluators: int = 8, overrides: list = []):  # noqa: B006
     """Score models on every benchmark of the recipe.
 

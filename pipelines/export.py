@@ -10,7 +10,7 @@ from pipelines import parts
 from pipelines.platform import once
 
 
-@dsl.pipeline(name="export", display_name="Export: a Hugging Face directory of one model")
+@dsl.pipeline(name="vlmflow-export", display_name="Export: a Hugging Face directory of one model")
 def export(model: str, recipe: str = "", overrides: list = []):  # noqa: B006
     """Export a model with a card that states its scores; scores that were measured before are found again.
 

@@ -20,7 +20,7 @@ from pipelines.platform import once, repeatable
 LITERALS = {"soup_choice": ["recipe", "greedy", "maximum", "average", "best"]}
 
 
-@dsl.pipeline(name="points", display_name="POINTS: from URLs to a registered vision-language model")
+@dsl.pipeline(name="vlmflow-points", display_name="POINTS: from URLs to a registered vision-language model")
 def points(recipe: str, overrides: list = [], soup_choice: str = "recipe", evaluators: int = 8):  # noqa: B006
     """Train a vision-language model by the POINTS recipe.
 

@@ -8,7 +8,7 @@ from pipelines import parts
 from pipelines.platform import once, privileged
 
 
-@dsl.pipeline(name="promote", display_name="Promotion: a candidate through the gates")
+@dsl.pipeline(name="vlmflow-promote", display_name="Promotion: a candidate through the gates")
 def promote(model: str, candidate: str = ""):
     """Judge a candidate and make it the champion if it passes every gate of its recipe and of the installation.
 

@@ -12,7 +12,7 @@ from pipelines.platform import once, repeatable
 LITERALS = {"soup_choice": ["recipe", "greedy", "maximum", "average", "best"]}
 
 
-@dsl.pipeline(name="soup", display_name="Soup: candidates from one checkpoint, averaged and chosen")
+@dsl.pipeline(name="vlmflow-soup", display_name="Soup: candidates from one checkpoint, averaged and chosen")
 def soup(
     recipe: str,
     checkpoint: str,

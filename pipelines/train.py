@@ -9,7 +9,7 @@ from pipelines import parts
 from pipelines.platform import once, repeatable
 
 
-@dsl.pipeline(name="train", display_name="Training: one stage from a given model")
+@dsl.pipeline(name="vlmflow-train", display_name="Training: one stage from a given model")
 def train(
     recipe: str,
     model: str,

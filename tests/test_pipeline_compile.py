@@ -81,6 +81,7 @@ BREAKS = [
     ("described", lambda s: parameter(s, "recipe").pop("description")),
     ("described", lambda s: s["pipelineInfo"].pop("description")),
     ("no-none", lambda s: parameter(s, "evaluators").pop("defaultValue")),
+    ("own-name", lambda s: s["pipelineInfo"].update(name="ocr")),
     ("literal-defaults", lambda s: parameter(s, "soup_choice").update(literals=["greedy"])),
     ("loops", named_loop),
     ("loops", lambda s: root_task(s, "for-loop-2")["parameterIterator"].update(items={"raw": "[]"})),
@@ -153,10 +154,14 @@ def test_the_form_in_the_ui(package):
     assert [name for name, p in parameters.items() if "defaultValue" not in p] == ["recipe"]
 
 
-def test_kfp_loads_the_package_with_its_literals(package):
+@pytest.mark.parametrize("name", compiler.PIPELINES)
+def test_kfp_loads_the_package_with_its_literals(name):
     from kfp import components
 
-    assert components.load_component_from_text(package.text).name == "points"
+    package = compiler.compile_pipeline(name)
+    loaded = components.load_component_from_text(package.text)
+    assert loaded.name == f"vlmflow-{name}"
+    assert set(loaded.component_spec.inputs) == set(package.spec["root"]["inputDefinitions"]["parameters"])
 
 
 @pytest.mark.parametrize("name", compiler.PIPELINES)

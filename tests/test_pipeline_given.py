@@ -175,14 +175,14 @@ def test_the_summary_says_how_a_run_ended_and_what_took_how_long(ctx):
     with pytest.raises(RuntimeError), frame("caption-1"):
         raise RuntimeError("broken")
     made = finish.run("FAILED", "caption", "broken")
-    assert list(made["steps"]) == ["preflight", "ocr-1"] and made["deleted"] == []
+    assert [step["step"] for step in made["steps"]] == ["preflight", "ocr-1"] and made["deleted"] == []
     assert storage.read_json(f"{ctx.root}/runs/r1/end.json") == made
     assert (made["state"], made["failed"], made["message"]) == ("FAILED", "caption", "broken")
-    assert [row["step"] for row in finish.rows(made)] == ["preflight", "ocr-1"]
+    assert all(0 <= step["seconds"] < 60 for step in made["steps"])
 
 
 def test_a_run_without_a_single_finished_step_has_a_summary(ctx):
-    assert finish.run("FAILED")["steps"] == {}
+    assert finish.run("FAILED")["steps"] == []
 
 
 def test_trainjobs_of_the_run_are_deleted_and_a_refusal_is_not_hidden(ctx, monkeypatch):

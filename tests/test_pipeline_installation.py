@@ -62,7 +62,7 @@ def test_a_package_with_an_installation_is_one_that_kfp_loads():
     from kfp import components
 
     package = compiler.compile_pipeline("promote", installation=Installation.model_validate(GIVEN))
-    assert components.load_component_from_text(package.text).name == "promote"
+    assert components.load_component_from_text(package.text).name == "vlmflow-promote"
     (_, settings) = parts(package, "promote")[0]
     assert "promoter-login" in {entry["secretName"] for entry in settings["secretAsEnv"]}
 

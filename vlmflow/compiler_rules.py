@@ -130,6 +130,13 @@ def no_none(spec: Spec, platform: Spec) -> Findings:
             yield f"{component}/{name}", "the default is None (L4); use '', 0 or {} to say 'not given'"
 
 
+def own_name(spec: Spec, platform: Spec) -> Findings:
+    """A pipeline that is named like one of its components: kfp's loader takes the component for the whole package."""
+    name = spec.get("pipelineInfo", {}).get("name", "")
+    if f"comp-{name}" in spec.get("components", {}):
+        yield "pipelineInfo", f"the pipeline and one of its components are both named '{name}'; rename the pipeline"
+
+
 def literal_defaults(spec: Spec, platform: Spec) -> Findings:
     """A default outside of its own menu is refused by the API server at every run."""
     for component, name, parameter in _parameters(spec):
@@ -233,6 +240,7 @@ RULES = [
     Rule("image-digest", image_digest),
     Rule("described", described),
     Rule("no-none", no_none),
+    Rule("own-name", own_name),
     Rule("literal-defaults", literal_defaults),
     Rule("loops", loops),
     Rule("conditions", conditions),

@@ -7,7 +7,6 @@ watching.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from vlmflow import step, storage
@@ -24,7 +23,7 @@ def run(state: str, failed: str = "", message: str = "") -> dict[str, Any]:
         failed: name of the task that failed, message: its error; empty when none did.
 
     Returns:
-        state, failed, message, `steps` (name -> seconds of wall time of those that ended well), `deleted` (TrainJobs) and
+        state, failed, message, `steps` (in order, with `seconds` of wall time, of those that ended well), `deleted` (TrainJobs) and
         `problem` (why cleaning up did not work, or empty).
 
     Raises:
@@ -40,7 +39,7 @@ def run(state: str, failed: str = "", message: str = "") -> dict[str, Any]:
         "state": state,
         "failed": failed,
         "message": message,
-        "steps": {each["step"]: each["seconds"] for each in timings},
+        "steps": [{"step": each["step"], "seconds": each["seconds"]} for each in timings],
         "deleted": deleted,
         "problem": problem,
     }
@@ -48,11 +47,6 @@ def run(state: str, failed: str = "", message: str = "") -> dict[str, Any]:
     if problem:
         raise ServiceError(f"what this run started on the cluster may still be there: {problem}")
     return made
-
-
-def rows(made: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The steps as rows of a page."""
-    return [{"step": name, "seconds": seconds} for name, seconds in made["steps"].items()]
 
 
 def _clean(run_id: str) -> tuple[list[str], str]:
