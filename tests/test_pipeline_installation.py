@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from vlmflow import compiler
-from vlmflow.errors import RecipeError, VlmflowError
-from vlmflow.installation import Installation, load, step_of
+from vlmflow.errors import RecipeError
+from vlmflow.installation import SECRETS, VARIABLE, Installation, from_environment, load, step_of
 
 IMAGE = "registry.example/vlmflow-data@sha256:" + "a" * 64
 TRAIN = "registry.example/vlmflow-train@sha256:" + "b" * 64
@@ -85,8 +87,6 @@ def test_another_image_for_training_is_allowed_where_it_was_asked_for():
     ],
 )
 def test_a_wrong_configuration_is_named(tmp_path, given, said):
-    import json
-
     path = tmp_path / "site.yaml"
     path.write_text(json.dumps(given))
     with pytest.raises(RecipeError, match=r"site\.yaml is not the platform configuration") as caught:
@@ -94,7 +94,26 @@ def test_a_wrong_configuration_is_named(tmp_path, given, said):
     assert said in str(caught.value)
 
 
-def test_a_secret_that_no_step_uses_is_most_likely_misspelt():
-    asked = Installation.model_validate({"secrets": {"mlpipeline-minio-artefact": "x"}})
-    with pytest.raises(VlmflowError, match=r"mlpipeline-minio-artefact.*are used by no step"):
-        compiler.compile_pipeline("train", installation=asked)
+def test_the_secrets_are_those_of_the_platform():
+    """A misspelt one would leave a step without its login; it is refused."""
+    used = {
+        entry["secretName"]
+        for name in compiler.PIPELINES
+        for settings in compiler.compile_pipeline(name)
+        .platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
+        .values()
+        for entry in settings["secretAsEnv"]
+    }
+    assert used == set(SECRETS)
+    with pytest.raises(ValueError, match=r"mlpipeline-minio-artefact.*are used by no step"):
+        Installation.model_validate({"secrets": {"mlpipeline-minio-artefact": "x"}})
+
+
+def test_the_bootstrap_jobs_configuration(monkeypatch):
+    monkeypatch.delenv(VARIABLE, raising=False)
+    assert from_environment() is None
+    monkeypatch.setenv(VARIABLE, json.dumps(GIVEN))
+    assert from_environment() == Installation.model_validate(GIVEN)
+    monkeypatch.setenv(VARIABLE, "{")
+    with pytest.raises(RecipeError, match=VARIABLE):
+        from_environment()

@@ -55,6 +55,8 @@ def test_the_installations_policy_is_asked_not_the_form(mlflow, tmp_path: Path, 
     assert desk.promote("strict").action == "waiting"
     with pytest.raises(RegistryError, match="approved-by"):
         desk.promote("strict", "1")
+    with pytest.raises(ServiceError, match="does not look after 'other'"):
+        desk.promote("other")
     monkeypatch.setenv(desk.VARIABLE, "[]")
     with pytest.raises(ServiceError, match="nothing is promoted while it is unclear"):
         desk.promote("strict", "1")

@@ -6,6 +6,7 @@ about machines or names a secret (DESIGN 6). Settings are merged into the compil
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from pydantic import Field, ValidationError, model_validator
 from vlmflow.errors import RecipeError
 from vlmflow.recipe.base import Name, Section
 
+VARIABLE = "VLMFLOW_INSTALLATION"  # JSON
 Plain = dict[str, Any]
 
 
@@ -39,6 +41,10 @@ class NodePool(Section):
     shared_memory: str = Field("", description="size of /dev/shm, such as 8Gi; empty = as much as the task's memory")
 
 
+# Secrets by the names that pipelines/platform.py gives them; a test holds both together.
+SECRETS = ("mlpipeline-minio-artifact", "vlmflow-endpoints", "vlmflow-mlflow", "vlmflow-promoter")
+
+
 class Installation(Section):
     """What `vlmflow compile --installation` reads. Steps are named as their files in `components/`."""
 
@@ -58,6 +64,8 @@ class Installation(Section):
         named = {**self.steps, **({"default_pool": self.default_pool} if self.default_pool else {})}
         if unknown := {step: pool for step, pool in named.items() if pool not in self.pools}:
             raise ValueError(f"pools that are not defined: {unknown}; defined are {sorted(self.pools)}")
+        if strangers := sorted(set(self.secrets) - set(SECRETS)):
+            raise ValueError(f"secrets {strangers} are used by no step; the steps use {list(SECRETS)}")
         for image in filter(None, [self.image, *self.images.values()]):
             if floats(image):
                 raise ValueError(f"image '{image}' floats; name a version or a digest")
@@ -67,6 +75,15 @@ class Installation(Section):
         """The pool of a step, or None."""
         name = self.steps.get(step, self.default_pool)
         return self.pools[name] if name else None
+
+
+def from_environment() -> Installation | None:
+    """What the bootstrap job was given, or None. Raises RecipeError when it is none."""
+    text = os.environ.get(VARIABLE, "")
+    try:
+        return Installation.model_validate_json(text) if text else None
+    except ValidationError as error:
+        raise RecipeError(f"{VARIABLE} is not the platform configuration of an installation: {error}") from error
 
 
 def load(path: str | Path) -> Installation:
@@ -92,13 +109,11 @@ def step_of(executor: str) -> str:
 def apply(asked: Installation, spec: Plain, platform: Plain) -> None:
     """Write the installation's settings into a compiled pipeline (both halves of its IR, changed in place).
 
-    Raises:
-        RecipeError: a Secret to be renamed that no step uses, which is most likely misspelt.
+    A Secret that this pipeline does not use is left out: others may.
     """
     settings = (
         platform.setdefault("platforms", {}).setdefault("kubernetes", {}).setdefault("deploymentSpec", {}).setdefault("executors", {})
     )  # fmt: skip
-    used: set[str] = set()
     for name, executor in spec.get("deploymentSpec", {}).get("executors", {}).items():
         step, own = step_of(name), settings.setdefault(name, {})
         if image := asked.images.get(step, asked.image):
@@ -106,15 +121,11 @@ def apply(asked: Installation, spec: Plain, platform: Plain) -> None:
         for each in own.get("configMapAsEnv", []):
             _rename(each, "configMapName", asked.config_map)
         for each in own.get("secretAsEnv", []):
-            used.add(each["secretName"])
             _rename(each, "secretName", asked.secrets.get(each["secretName"], each["secretName"]))
         if asked.pull_secrets:
             own["imagePullSecret"] = [_rename({}, "secretName", secret) for secret in asked.pull_secrets]
         if pool := asked.pool(step):
             _place(pool, executor["container"], own)
-    # only the pipeline `promote` uses the promoter's login
-    if unknown := sorted(set(asked.secrets) - used - {"vlmflow-promoter"}):
-        raise RecipeError(f"secrets {unknown} are used by no step; the steps use {sorted(used)}")
 
 
 def _rename(entry: Plain, field: str, name: str) -> Plain:

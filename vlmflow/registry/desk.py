@@ -36,11 +36,19 @@ class Promotion(BaseModel):
 
 
 def policy_of(model: str) -> Policy:
-    """What this installation asks of a model's candidates. Raises ServiceError when the configuration cannot be read."""
+    """What this installation asks of a model's candidates. Raises ServiceError when the configuration
+    cannot be read or does not name the model."""
     from vlmflow.registry.policy import Policy
 
+    text = os.environ.get(VARIABLE, "")
     try:
-        return Policy.model_validate(json.loads(os.environ.get(VARIABLE) or "{}").get(model, {}))
+        known = json.loads(text) if text else {model: {}}
+        if model not in known.keys():
+            raise ServiceError(
+                f"this installation's promoter does not look after '{model}' ({VARIABLE} has {sorted(known)}): nobody said what its "
+                "candidates must show. Name it in promoter.models of the chart."
+            )
+        return Policy.model_validate(known[model])
     except (ValueError, AttributeError, ValidationError) as error:
         raise ServiceError(
             f"{VARIABLE} is not a JSON object of policies by registered model ({error}); nothing is promoted while it is unclear "
