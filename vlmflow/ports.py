@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from vlmflow import pages, storage
 from vlmflow.dataset import groups
@@ -318,12 +318,15 @@ def deal(models: Mapping[str, ModelRef], evaluators: int) -> list[dict[str, Any]
     return [{"name": str(index), "models": members} for index, members in enumerate(groups, start=1)]
 
 
-def evaluate(ctx: Context, models: dict[str, str], split: Split = "report") -> dict[str, Scores]:
-    """Scores on one split of models given as name -> URI."""
+def evaluate(ctx: Context, models: dict[str, str], split: str = "report") -> dict[str, Scores]:
+    """Scores on one split of models given as name -> URI. Raises RecipeError for an unknown split."""
     from vlmflow.evaluation import run
     from vlmflow.models.store import MARKER, load_ref
 
-    return {name: run.run(ctx, load_ref(storage.join(uri, MARKER)), split) for name, uri in sorted(models.items())}
+    return {
+        name: run.run(ctx, load_ref(storage.join(uri, MARKER)), cast("Split", split))
+        for name, uri in sorted(models.items())
+    }
 
 
 def put_scores(scores: dict[str, Scores], out: Port, page: Port, metrics: Port) -> None:
