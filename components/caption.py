@@ -14,13 +14,18 @@ def caption(
     data: Output[Dataset],
     page: Output[HTML],
     metrics: Output[Metrics],
+    group: dict = {},  # noqa: B006
 ):
-    """Describe every image with the model that can already caption."""
+    """Describe every image with the model that can already caption.
+
+    Args:
+        group: Shards to compute ahead, as `groups` deals them; empty = all, and the manifest is sealed.
+    """
     from vlmflow import ports
     from vlmflow.step import open_step
 
-    with open_step("caption", recipe.path) as ctx:
+    with open_step(ports.named("caption", group), recipe.path) as ctx:
         from vlmflow.curation import caption
 
-        manifest = ports.curate(ctx, caption, ports.get_manifest(dataset), ports.get_model(model))
+        manifest = ports.curate(ctx, caption, ports.get_manifest(dataset), ports.get_model(model), group=group)
         ports.put_manifest(ctx, manifest, data, page, metrics, title="Synthetic captions", layer="synthetic")

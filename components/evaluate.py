@@ -1,4 +1,4 @@
-"""Component `evaluate`: the benchmarks of the recipe, on the report split, for a group of models."""
+"""Component `evaluate`: the benchmarks of the recipe, on the report or selection split, for a group of models."""
 
 from kfp import dsl
 from kfp.dsl import HTML, Artifact, Input, Metrics, Output
@@ -13,14 +13,16 @@ def evaluate(
     scores: Output[Artifact],
     page: Output[HTML],
     metrics: Output[Metrics],
+    split: str = "report",
 ):
     """Score a group of models.
 
     Args:
         group: `name` of the group and its `models` (name -> URI of the model folder), as `lineup` deals them.
+        split: `report`, whose questions take part in no choice, or `selection`, by which soups and gates decide.
     """
     from vlmflow import ports
     from vlmflow.step import open_step
 
     with open_step(f"evaluate-{group['name']}", recipe.path) as ctx:
-        ports.put_scores(ports.evaluate(ctx, group["models"]), scores, page, metrics)
+        ports.put_scores(ports.evaluate(ctx, group["models"], split), scores, page, metrics)

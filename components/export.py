@@ -11,21 +11,23 @@ def export(
     recipe: Input[Artifact],
     model: Input[Model],
     scores: Input[list[Artifact]],
-    soup: Input[Artifact],
-    seed: Input[Dataset],
-    web: Input[Dataset],
-    sft: Input[Dataset],
     exported: Output[Artifact],
     page: Output[HTML],
     metrics: Output[Metrics],
+    soup: Input[Artifact] = None,
+    seed: Input[Dataset] = None,
+    web: Input[Dataset] = None,
+    sft: Input[Dataset] = None,
 ):
-    """Export the chosen model with its model card."""
+    """Export a model with its model card; datasets that are not given are those that the model names itself."""
     from vlmflow import ports
     from vlmflow.step import open_step
 
     with open_step("export", recipe.path) as ctx:
         from vlmflow.export import run as export
 
-        datasets = ports.get_manifests(seed=seed, web=web, sft=sft)
-        made = export.run(ctx, ports.get_model(model), ports.get_scores(ctx, scores), ports.get_soup(soup), datasets)
+        ref = ports.get_model(model)
+        datasets = ports.get_manifests(seed=seed, web=web, sft=sft) or ports.manifests_of(ctx, ref)
+        searched = ports.get_soup(soup) if soup else None
+        made = export.run(ctx, ref, ports.get_scores(ctx, scores), searched, datasets)
         ports.put_object(made, exported, page, metrics, title="Exported model")

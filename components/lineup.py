@@ -10,10 +10,10 @@ from components import IMAGE
 def lineup(
     recipe: Input[Artifact],
     untrained: Input[Model],
-    bootstrap: Input[Model],
     candidates: Input[list[Model]],
     soup: Input[Artifact],
     evaluators: int,
+    bootstrap: Input[Model] = None,
 ) -> list:
     """List the models to evaluate, in groups: one group a task.
 

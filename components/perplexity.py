@@ -14,13 +14,18 @@ def perplexity(
     data: Output[Dataset],
     page: Output[HTML],
     metrics: Output[Metrics],
+    group: dict = {},  # noqa: B006
 ):
-    """Score every caption by the perplexity it has under the model."""
+    """Score every caption by the perplexity it has under the model.
+
+    Args:
+        group: Shards to compute ahead, as `groups` deals them; empty = all, and the manifest is sealed.
+    """
     from vlmflow import ports
     from vlmflow.step import open_step
 
-    with open_step("perplexity", recipe.path) as ctx:
+    with open_step(ports.named("perplexity", group), recipe.path) as ctx:
         from vlmflow.curation import perplexity
 
-        manifest = ports.curate(ctx, perplexity, ports.get_manifest(dataset), ports.get_model(model))
+        manifest = ports.curate(ctx, perplexity, ports.get_manifest(dataset), ports.get_model(model), group=group)
         ports.put_manifest(ctx, manifest, data, page, metrics, title="Caption perplexity", layer="ppl")

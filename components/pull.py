@@ -13,15 +13,22 @@ def pull(
     data: Output[Dataset],
     page: Output[HTML],
     metrics: Output[Metrics],
+    manifest: str = "",
+    stage: str = "",
+    candidate: str = "",
 ):
     """Download the images of one dataset of the recipe.
 
     Args:
         dataset: Name of the dataset in the recipe's `data` section; a dataset that the recipe lacks comes out empty.
+        manifest: URI of a manifest that is used as it is; empty = pull.
+        stage: Stage that the dataset is for; one that it does not use comes out empty. Empty = for any.
+        candidate: Soup candidate whose data the stage adds, or empty.
     """
     from vlmflow import ports
     from vlmflow.step import open_step
 
     with open_step(f"pull-{dataset}", recipe.path) as ctx:
-        manifest = ports.pull(ctx, dataset)
-        ports.put_manifest(ctx, manifest, data, page, metrics, title=f"Dataset {dataset}")
+        ports.put_manifest(
+            ctx, ports.pull(ctx, dataset, manifest, stage, candidate), data, page, metrics, title=f"Dataset {dataset}"
+        )

@@ -23,6 +23,7 @@ def train(
 
     Args:
         stage: `bootstrap` or the name of a stage in the recipe; a recipe without bootstrap passes the model through.
+            Empty = the stage of the recipe's soup.
         candidate: Name of the soup candidate whose data is added, or empty.
     """
     from vlmflow import ports

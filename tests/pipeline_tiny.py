@@ -1,7 +1,7 @@
 """A pipeline of two real steps and a loop, for tests of the local runner: seconds instead of minutes."""
 
 from kfp import dsl
-from kfp.dsl import Artifact, Input, Metrics, Output
+from kfp.dsl import Artifact, Input, Metrics, Output, PipelineTaskFinalStatus
 
 from components import IMAGE
 from pipelines.platform import once, repeatable
@@ -31,12 +31,21 @@ def first(text: str, note: Output[Artifact]):
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def names() -> list:
-    return ["a", "b"]
+def last(status: PipelineTaskFinalStatus):
+    import os
+
+    with open(os.environ["TEST_RESULT"] + ".end", "w") as file:
+        file.write(status.state)
 
 
 @dsl.component(base_image=IMAGE, install_kfp_package=False)
-def each(note: Input[Artifact], name: str, made: Output[Artifact]):
+def names(given: list) -> list:
+    return given
+
+
+@dsl.component(base_image=IMAGE, install_kfp_package=False)
+def each(note: Input[Artifact], name: str, made: Output[Artifact], missing: Input[Artifact] = None, group: dict = {}):  # noqa: B006
+    assert missing is None and group == {}
     with open(note.path) as source, open(made.path, "w") as file:
         file.write(f"{source.read()} {name}")
     made.metadata["name"] = name
@@ -59,14 +68,16 @@ def second(notes: Input[list[Artifact]], metrics: Output[Metrics]):
 
 
 @dsl.pipeline(name="tiny")
-def tiny(text: str = "hello"):
+def tiny(text: str = "hello", extra: str = "a"):
     """Two steps.
 
     Args:
         text: What is carried.
+        extra: The first name of the loop.
     """
-    one = repeatable(first(text=text))
-    listed = repeatable(names())
-    with dsl.ParallelFor(listed.output) as name:
-        made = repeatable(each(note=one.outputs["note"], name=name))
-    once(second(notes=dsl.Collected(made.outputs["made"])))
+    with dsl.ExitHandler(once(last())):
+        one = repeatable(first(text=text))
+        listed = repeatable(names(given=[extra, "b"]))
+        with dsl.ParallelFor(listed.output) as name:
+            made = repeatable(each(note=one.outputs["note"], name=name))
+        once(second(notes=dsl.Collected(made.outputs["made"])))

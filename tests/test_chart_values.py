@@ -157,6 +157,31 @@ def test_the_policies_are_the_promoters_own() -> None:
     assert asked["points-9b"].floors == {"mmbench": 0.6} and asked["points-9b"].approval_tag == "approved-by"
 
 
+def test_the_pipelines_are_compiled_for_the_nodes_and_secrets_of_the_values() -> None:
+    from vlmflow.compiler import PIPELINES, compile_pipeline
+    from vlmflow.installation import VARIABLE, Installation
+
+    pool = {"node_selector": {"pool": "gpu"}, "tolerations": [{"key": "gpu", "effect": "NoSchedule"}], "memory": "64Gi"}
+    changes = {
+        "pipelines": {"pools": {"gpu": pool}, "steps": {"caption": "gpu"}},
+        "imagePullSecrets": [{"name": "pull"}],
+    }
+    changes |= {"promoter": {"models": ["m", "n"], "approvalTag": "by", "policies": {"n": {"regression": 0.1}}}}
+    changes["promoter"]["credentialsSecret"] = "promoter-login"
+    found = chart.objects(changes)
+    (job,) = [item for item in found if item["kind"] == "Job" and item["metadata"]["name"].endswith("bootstrap")]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    (text,) = [each["value"] for each in container["env"] if each["name"] == VARIABLE]
+    asked = Installation.model_validate_json(text)
+    assert asked.pool("caption") is not None and asked.pool("ocr") is None and asked.pull_secrets == ["pull"]
+    assert asked.secrets["vlmflow-promoter"] == "promoter-login" and "vlmflow-endpoints" not in asked.secrets
+    assert compile_pipeline("curate", installation=asked)
+    assert {arg.removeprefix("--pipeline=") for arg in container["args"] if "--pipeline=" in arg} == set(PIPELINES)
+    (platform,) = [item for item in found if item["kind"] == "ConfigMap" and item["metadata"]["name"] == "vlmflow"]
+    policies = json.loads(platform["data"]["promotionPolicies"])
+    assert policies == {"m": {"approval_tag": "by"}, "n": {"approval_tag": "by", "regression": 0.1}}
+
+
 def test_the_notes_name_three_commands() -> None:
     notes = next(text for path, text in chart.templates({}).items() if path.endswith("NOTES.txt"))
     for command in ("helm test v -n ml", "kubectl -n ml", "vlmflow submit"):

@@ -81,15 +81,15 @@ def test_a_recipe_that_the_pipeline_would_not_run_whole_is_refused(capsys, chang
 def test_compile_writes_a_package_with_the_given_image(capsys, tmp_path):
     image = "registry.example/vlmflow@sha256:" + "0" * 64
     target = tmp_path / "points.yaml"
-    code, out, _ = call(capsys, "compile", "--to", str(target), "--image", image, "--require-digest")
+    code, out, _ = call(capsys, "compile", "points", "--to", str(tmp_path), "--image", image, "--require-digest")
     assert code == 0 and str(target) in out
     text = target.read_text()
     assert image in text and "vlmflow:0.1.0" not in text
 
 
 def test_compile_refuses_a_floating_image_when_a_digest_is_asked_for(capsys, tmp_path):
-    code, _, err = call(capsys, "compile", "--to", str(tmp_path / "p.yaml"), "--require-digest")
-    assert code == 2 and "image-digest" in err and not (tmp_path / "p.yaml").exists()
+    code, _, err = call(capsys, "compile", "--to", str(tmp_path), "--require-digest")
+    assert code == 2 and "image-digest" in err and not list(tmp_path.iterdir())
 
 
 def test_data_show(capsys, tmp_path):

@@ -11,6 +11,7 @@ from vlmflow import compiler
 from vlmflow.compiler import Package
 from vlmflow.compiler_rules import ARGUMENT_LIMIT, RULES, UNCACHED
 from vlmflow.errors import VlmflowError
+from vlmflow.installation import step_of
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGEST = "registry.example/vlmflow@sha256:" + "a" * 64
@@ -22,7 +23,7 @@ def package() -> Package:
 
 
 def root_task(spec, name):
-    return spec["root"]["dag"]["tasks"][name]
+    return spec["components"]["comp-exit-handler-1"]["dag"]["tasks"][name]
 
 
 def parameter(spec, name):
@@ -47,7 +48,7 @@ def plain_container(spec):
 
 
 def named_loop(spec):
-    loop = root_task(spec, "for-loop-1")
+    loop = root_task(spec, "for-loop-2")
     source = loop["parameterIterator"]["items"]["inputParameter"]
     loop["inputs"]["parameters"][source]["taskOutputParameter"]["outputParameterKey"] = "items"
 
@@ -80,9 +81,10 @@ BREAKS = [
     ("described", lambda s: parameter(s, "recipe").pop("description")),
     ("described", lambda s: s["pipelineInfo"].pop("description")),
     ("no-none", lambda s: parameter(s, "evaluators").pop("defaultValue")),
+    ("own-name", lambda s: s["pipelineInfo"].update(name="ocr")),
     ("literal-defaults", lambda s: parameter(s, "soup_choice").update(literals=["greedy"])),
     ("loops", named_loop),
-    ("loops", lambda s: root_task(s, "for-loop-1")["parameterIterator"].update(items={"raw": "[]"})),
+    ("loops", lambda s: root_task(s, "for-loop-2")["parameterIterator"].update(items={"raw": "[]"})),
     ("conditions", quoted),
     ("no-ignored-failure", ignored),
     ("small-arguments", huge),
@@ -100,9 +102,10 @@ BREAKS = [
 ]
 
 
-def test_the_points_pipeline_keeps_every_rule(package):
-    pinned = compiler.compile_pipeline("points", image=DIGEST)
-    assert compiler.check(package) == []
+@pytest.mark.parametrize("name", compiler.PIPELINES)
+def test_every_pipeline_keeps_every_rule(name):
+    pinned = compiler.compile_pipeline(name, image=DIGEST, require_digest=True)
+    assert compiler.check(compiler.compile_pipeline(name)) == []
     assert compiler.check(pinned, require_digest=True) == []
 
 
@@ -138,7 +141,7 @@ def test_a_broken_pipeline_is_refused_with_all_findings(monkeypatch):
 def test_unknown_pipeline_and_unknown_literal_are_named():
     from pipelines.points import points
 
-    with pytest.raises(VlmflowError, match="there are: points"):
+    with pytest.raises(VlmflowError, match="there are: curate, evaluate"):
         compiler.compile_pipeline("point")
     with pytest.raises(VlmflowError, match="soup_choices"):
         compiler.compile_function(points, {"soup_choices": ["a"]})
@@ -151,24 +154,37 @@ def test_the_form_in_the_ui(package):
     assert [name for name, p in parameters.items() if "defaultValue" not in p] == ["recipe"]
 
 
-def test_kfp_loads_the_package_with_its_literals(package):
+@pytest.mark.parametrize("name", compiler.PIPELINES)
+def test_kfp_loads_the_package_with_its_literals(name):
     from kfp import components
 
-    assert components.load_component_from_text(package.text).name == "points"
+    package = compiler.compile_pipeline(name)
+    loaded = components.load_component_from_text(package.text)
+    assert loaded.name == f"vlmflow-{name}"
+    assert set(loaded.component_spec.inputs) == set(package.spec["root"]["inputDefinitions"]["parameters"])
 
 
-def test_the_committed_package_is_current(package):
+@pytest.mark.parametrize("name", compiler.PIPELINES)
+def test_the_committed_package_is_current(name):
     """After a change: `vlmflow compile`, and commit the result."""
     version = re.compile(r"sdkVersion: .*")
-    committed = (ROOT / "pipelines/compiled/points.yaml").read_text(encoding="utf-8")
-    assert version.sub("", committed) == version.sub("", package.text), "run: vlmflow compile"
+    committed = (ROOT / f"pipelines/compiled/{name}.yaml").read_text(encoding="utf-8")
+    text = compiler.compile_pipeline(name).text
+    assert version.sub("", committed) == version.sub("", text), "run: vlmflow compile"
 
 
-def test_every_step_shows_something(package):
+def test_every_pipeline_has_a_committed_package_and_nothing_else_is_there():
+    assert sorted(p.stem for p in (ROOT / "pipelines/compiled").iterdir()) == list(compiler.PIPELINES)
+    sources = {path.stem for path in (ROOT / "pipelines").glob("*.py")} - {"__init__", "platform", "parts"}
+    assert sources == set(compiler.PIPELINES)
+
+
+@pytest.mark.parametrize("pipeline", compiler.PIPELINES)
+def test_every_step_shows_something(pipeline):
     """DESIGN 6: every step gives the UI a page, and numbers where there are any."""
-    silent = {"plan", "lineup"}  # they only return the lists that loops run over
-    for name, component in package.spec["components"].items():
-        if label := component.get("executorLabel", "").removeprefix("exec-"):
+    silent = {"plan", "lineup", "groups", "contestants"}  # they only return the lists that loops run over
+    for name, component in compiler.compile_pipeline(pipeline).spec["components"].items():
+        if label := step_of(component.get("executorLabel", "")):
             kinds = {
                 a["artifactType"]["schemaTitle"]
                 for a in component.get("outputDefinitions", {}).get("artifacts", {}).values()
@@ -189,8 +205,11 @@ def test_every_task_knows_its_run_and_the_services_a_recipe_may_name(package):
         assert named <= {pair["envVar"] for each in maps for pair in each["keyToEnv"]}, name
 
 
-def test_uncached_steps_exist(package):
-    assert set(UNCACHED) <= {name.removeprefix("exec-") for name in package.spec["deploymentSpec"]["executors"]}
+def test_uncached_steps_exist():
+    steps = {
+        step_of(name) for p in compiler.PIPELINES for name in compiler.executors(compiler.compile_pipeline(p).spec)
+    }
+    assert set(UNCACHED) <= steps
 
 
 def test_package_has_no_yaml_aliases_and_two_documents(package):

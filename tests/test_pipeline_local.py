@@ -43,6 +43,7 @@ def test_runs_both_steps_and_the_loop(package, tmp_path, monkeypatch):
     follower = start(package, tmp_path, 'it\'s "quoted"', out)
     shown = out.getvalue()
     assert (tmp_path / "result").read_text() == 'it\'s "quoted" a=a|it\'s "quoted" b=b'
+    assert (tmp_path / "result.end").read_text() == "SUCCEEDED"  # the exit handler runs last
     assert follower.ended == {"first": 0.5, "second": 0.25}
     assert "first done" in shown and "second done" in shown and "left" in shown
     assert "KFP Executor" not in shown  # kfp's chatter goes to the log

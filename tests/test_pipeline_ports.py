@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmflow import pages, ports, preflight
+from vlmflow import pages, pipeline_needs, ports, preflight
 from vlmflow.dataset.layer import add_layer
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.dataset.sample import Sample
@@ -238,13 +238,13 @@ def test_stages_in_another_order_are_refused():
     recipe = load(TINY)
     turned = {name: recipe.stages[name] for name in ("align", "ocr", "sft")}
     with pytest.raises(RecipeError, match=r"order \['ocr', 'align', 'sft'\]"):
-        preflight.suits_pipeline(recipe.model_copy(update={"stages": turned}))
+        pipeline_needs.suits(recipe.model_copy(update={"stages": turned}), "points")
     more = {**recipe.stages, "rlhf": recipe.stages["sft"]}
     with pytest.raises(RecipeError, match=r"also has .*rlhf"):
-        preflight.suits_pipeline(recipe.model_copy(update={"stages": more}))
+        pipeline_needs.suits(recipe.model_copy(update={"stages": more}), "points")
     curation = recipe.curation.model_copy(update={"dataset": "seed"})
     with pytest.raises(RecipeError, match=r"curation\.dataset.*'web'.*'seed'"):
-        preflight.suits_pipeline(recipe.model_copy(update={"curation": curation}))
+        pipeline_needs.suits(recipe.model_copy(update={"curation": curation}), "points")
 
 
 def local_tables(ctx: Context, tmp_path: Path) -> None:

@@ -168,18 +168,25 @@ def demo(
 
 @app.command("compile")
 def compile_(
-    pipeline: Annotated[str, typer.Argument(help="Name of the pipeline.")] = "points",
-    target: Annotated[Path, typer.Option("--to", help="YAML package to write.")] = Path(
-        "pipelines/compiled/points.yaml"
-    ),
+    pipelines: Annotated[list[str] | None, typer.Argument(help="Names of pipelines; none = all of them.")] = None,
+    folder: Annotated[Path, typer.Option("--to", help="Folder for the YAML packages.")] = Path("pipelines/compiled"),
     image: Annotated[str, typer.Option(help="Image of all steps, e.g. registry/vlmflow@sha256:...")] = "",
+    installation: Annotated[
+        Path | None, typer.Option(help="Platform configuration: node pools, secrets, image (docs/pipelines.md).")
+    ] = None,
     require_digest: Annotated[bool, typer.Option(help="Refuse an image that is not pinned by digest.")] = False,
 ) -> None:
-    """Compile a pipeline to the YAML package for Kubeflow and check it."""
+    """Compile pipelines to the YAML packages for Kubeflow and check them."""
     from vlmflow import compiler
+    from vlmflow.installation import load
 
-    package = compiler.compile_pipeline(pipeline, image or None, require_digest)
-    typer.echo(f"wrote {compiler.write(package, target)}")
+    asked = load(installation) if installation else None
+    made = {
+        name: compiler.compile_pipeline(name, image or None, require_digest, asked)
+        for name in pipelines or compiler.PIPELINES
+    }
+    for name, package in made.items():  # nothing is written unless all of them keep the rules
+        typer.echo(f"wrote {compiler.write(package, folder / f'{name}.yaml')}")
 
 
 @data_app.command("show")

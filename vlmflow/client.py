@@ -112,9 +112,10 @@ class Client:
             NotFound: the pipeline is not registered.
             ServiceError, StorageError: a server does not answer or refuses.
         """
-        from vlmflow import preflight, storage
+        from vlmflow import pipeline_needs, preflight, storage
 
-        loaded = preflight.resolve(str(recipe), list(overrides))
+        like = pipeline if pipeline in pipeline_needs.PIPELINES else "points"  # a copy of it under another name
+        loaded = preflight.resolve(str(recipe), list(overrides), pipeline=like)
         text = Path(recipe).read_bytes() if "://" not in str(recipe) else b""
         if text and not self.settings.root.startswith("s3://"):
             raise RecipeError(

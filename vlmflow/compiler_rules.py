@@ -11,11 +11,24 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+from vlmflow.installation import floats, step_of
+
 Spec = dict[str, Any]
 Findings = Iterator[tuple[str, str]]
 
 # Steps whose answer depends on the world outside their inputs: a cached answer would be a lie.
-UNCACHED = ("preflight", "evaluate", "register", "export", "report")
+UNCACHED = (
+    "preflight",
+    "contestants",
+    "evaluate",
+    "scoreboard",
+    "register",
+    "export",
+    "report",
+    "verify",
+    "promote",
+    "finish",
+)
 ARGUMENT_LIMIT = 64 * 1024  # bytes; Linux refuses one argument over 128 KiB (platform.md 1.1), and it holds all inputs
 _PRIVATE = re.compile(r"(^|_)(endpoint|token|password|passwd|secret|credentials?|api_key|access_key|tracking_uri)($|_)")
 _QUOTED = re.compile(r"inputs\.parameter_values\['[^']+'\]")
@@ -88,7 +101,7 @@ def one_image(spec: Spec, platform: Spec) -> Findings:
     if len(set(images.values())) > 1:
         yield "deploymentSpec", f"several images {sorted(set(images.values()))}; set base_image of every component"
     for name, image in images.items():
-        if image.endswith(":latest") or (":" not in image.rsplit("/", 1)[-1] and "@" not in image):
+        if floats(image):
             yield name, f"image '{image}' floats; name a version or a digest"
 
 
@@ -112,8 +125,16 @@ def described(spec: Spec, platform: Spec) -> Findings:
 def no_none(spec: Spec, platform: Spec) -> Findings:
     """L4: a parameter whose value is None crashes the local runner."""
     for component, name, parameter in _parameters(spec):
-        if parameter.get("isOptional") and parameter.get("defaultValue") is None:
+        given_by_kfp = parameter.get("parameterType") == "TASK_FINAL_STATUS"  # of an exit handler
+        if parameter.get("isOptional") and parameter.get("defaultValue") is None and not given_by_kfp:
             yield f"{component}/{name}", "the default is None (L4); use '', 0 or {} to say 'not given'"
+
+
+def own_name(spec: Spec, platform: Spec) -> Findings:
+    """A pipeline that is named like one of its components: kfp's loader takes the component for the whole package."""
+    name = spec.get("pipelineInfo", {}).get("name", "")
+    if f"comp-{name}" in spec.get("components", {}):
+        yield "pipelineInfo", f"the pipeline and one of its components are both named '{name}'; rename the pipeline"
 
 
 def literal_defaults(spec: Spec, platform: Spec) -> Findings:
@@ -187,8 +208,9 @@ def no_private_parameters(spec: Spec, platform: Spec) -> Findings:
 def uncached(spec: Spec, platform: Spec) -> Findings:
     """platform.md 9.2: scores, registry and checks of the outer world are never answered from a cache."""
     for place, task, component in _tasks(spec):
-        name = component.get("executorLabel", "").removeprefix("exec-")
-        if re.sub(r"-\d+$", "", name) in UNCACHED and task.get("cachingOptions", {}).get("enableCache"):
+        if step_of(component.get("executorLabel", "")) in UNCACHED and task.get("cachingOptions", {}).get(
+            "enableCache"
+        ):
             yield place, "may be answered from KFP's cache; set_caching_options(False)"
 
 
@@ -218,6 +240,7 @@ RULES = [
     Rule("image-digest", image_digest),
     Rule("described", described),
     Rule("no-none", no_none),
+    Rule("own-name", own_name),
     Rule("literal-defaults", literal_defaults),
     Rule("loops", loops),
     Rule("conditions", conditions),

@@ -19,7 +19,7 @@ LANES = 2  # tasks of a loop that kfp.local runs at a time (platform.md 1.2, L8)
 FIRST_RUN_SECONDS = {
     "preflight": 1, "pull": 4, "initial": 4, "train-bootstrap": 85, "ocr": 11, "caption": 7, "fuse": 1,
     "perplexity": 9, "keep": 1, "train-ocr": 11, "train-align": 7, "plan": 1, "train-sft": 30, "soup": 9,
-    "lineup": 1, "evaluate": 18, "register": 2, "export": 8, "report": 1,
+    "lineup": 1, "evaluate": 18, "register": 2, "export": 8, "report": 1, "finish": 1,
 }  # fmt: skip
 UNKNOWN_SECONDS = 10.0
 PRIOR = 0.1  # share of the whole that must be seen before this run's speed outweighs the remembered one
@@ -60,7 +60,7 @@ def expected_steps(recipe: Recipe, evaluators: int, memory: Mapping[str, float])
     names += [(f"train-sft-{name}", min(LANES, len(candidates))) for name in candidates]
     names += [("soup", 1), ("lineup", 1)]
     names += [(f"evaluate-{i}", min(LANES, evaluators)) for i in range(1, evaluators + 1)]
-    names += [(n, 1) for n in ("register", "export", "report")]
+    names += [(n, 1) for n in ("register", "export", "report", "finish")]
     return [Planned(name, memory.get(name, first_run_seconds(name)), lanes) for name, lanes in names]
 
 

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from vlmflow import pages, storage
+from vlmflow.dataset import groups
 from vlmflow.errors import DataError, RecipeError
 from vlmflow.registry.rows import UNTRAINED, chosen_row, soup_row
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
-    from vlmflow.evaluation.scores import Scores
+    from vlmflow.evaluation.scores import Scores, Split
     from vlmflow.models.store import ModelRef
     from vlmflow.recipe import Recipe
     from vlmflow.soup.result import SoupResult
@@ -99,9 +102,10 @@ def get_manifest(port: Port) -> Manifest:
     return manifest.load(port.path)
 
 
-def get_manifests(**ports: Port) -> dict[str, Manifest]:
-    """The datasets of several artifacts by name; those that the recipe lacks (empty ones) are left out."""
-    found = {name: get_manifest(port) for name, port in ports.items()}
+def get_manifests(**ports: Port | None) -> dict[str, Manifest]:
+    """The datasets of several artifacts by name; those that the recipe lacks (empty ones), and those not given, are left
+    out."""
+    found = {name: get_manifest(port) for name, port in ports.items() if port is not None}
     return {name: manifest for name, manifest in found.items() if manifest.shards}
 
 
@@ -119,18 +123,57 @@ def put_manifest(
     show(title, values, page, metrics, table=pages.preview(ctx, manifest, layer))
 
 
-def pull(ctx: Context, dataset: str) -> Manifest:
-    """Pull a dataset of the recipe; an empty dataset when the recipe has none of that name."""
-    from vlmflow.curation import pull as step
-    from vlmflow.dataset.manifest import Manifest
+def manifests_of(ctx: Context, model: ModelRef) -> dict[str, Manifest]:
+    """The datasets that a model was trained on, by name, as far as their manifests lie in this store.
 
-    if dataset not in ctx.recipe.data:
+    Of several manifests of one dataset (a stage may have used an earlier state of it) the one with most layers stands."""
+    from vlmflow.dataset import manifest
+
+    found: dict[str, Manifest] = {}
+    for digest in model.lineage.data:
+        uri = storage.join(ctx.root, "manifests", f"{digest}.json")
+        if storage.exists(uri):
+            made = manifest.load(uri)
+            known = found.get(made.name)
+            found[made.name] = made if known is None or len(made.layers) > len(known.layers) else known
+    return dict(sorted(found.items()))
+
+
+def pull(ctx: Context, dataset: str, manifest: str = "", stage: str = "", candidate: str = "") -> Manifest:
+    """Open the manifest that is given, else pull a dataset of the recipe; an empty dataset when the recipe has none of that
+    name, or the stage that it is for does not use it."""
+    from vlmflow.curation import pull as step
+    from vlmflow.dataset.manifest import Manifest, load
+
+    if manifest:
+        return load(manifest)
+    if dataset not in ctx.recipe.data or not used(ctx.recipe, dataset, stage, candidate):
         return Manifest(name=dataset, shards=[])
     return step.run(ctx, dataset)
 
 
-def curate(ctx: Context, step: Any, manifest: Manifest, *inputs: Any) -> Manifest:
-    """Run a curation step, or hand the dataset through when the recipe curates none."""
+def used(recipe: Recipe, dataset: str, stage: str, candidate: str = "") -> bool:
+    """Whether a stage learns from a dataset; without a stage every dataset is used. Raises RecipeError for an unknown one."""
+    from vlmflow.training.run import ingredients
+
+    return not stage or dataset in {use.dataset for use in ingredients(recipe, stage, candidate or None)}
+
+
+def named(step: str, group: Mapping[str, Any]) -> str:
+    """Name of a step's task, in a loop with that of its group."""
+    return f"{step}-{group['name']}" if group else step
+
+
+def curate(
+    ctx: Context, step: Any, manifest: Manifest, *inputs: Any, group: Mapping[str, Any] | None = None
+) -> Manifest:
+    """Run a curation step, or hand the dataset through when the recipe curates none.
+
+    With a `group` (of `vlmflow.dataset.groups`) only the layer parts of its shards are written; the step without a group
+    finds them and seals the manifest.
+    """
+    if group:
+        manifest, ctx = groups.cut(manifest, group), replace(ctx, parts_only=True)
     return step.run(ctx, manifest, *inputs) if ctx.recipe.curation.dataset else manifest
 
 
@@ -144,6 +187,14 @@ def get_model(port: Port) -> ModelRef:
 def get_models(**ports: Port) -> dict[str, ModelRef]:
     """The models of several artifacts by name."""
     return {name: get_model(port) for name, port in ports.items()}
+
+
+def start(ctx: Context, datasets: dict[str, Manifest], given: str = "") -> ModelRef:
+    """The model at the address that is given, else the recipe's model before any training."""
+    from vlmflow.models import initial
+    from vlmflow.registry import address
+
+    return address.find(given) if given else initial.run(ctx, datasets)
 
 
 def put_model(ref: ModelRef, out: Port, page: Port, metrics: Port, candidate: str = "") -> None:
@@ -168,9 +219,12 @@ def put_model(ref: ModelRef, out: Port, page: Port, metrics: Port, candidate: st
 
 
 def train(ctx: Context, stage: str, init: ModelRef, datasets: dict[str, Manifest], candidate: str = "") -> ModelRef:
-    """Train a stage; a stage that the recipe lacks (or a bootstrap it sets to null) hands the model through."""
+    """Train a stage, by default that of the soup; a stage that the recipe lacks (or a bootstrap it sets to null) hands the
+    model through."""
     from vlmflow.training import run
 
+    if not stage and ctx.recipe.soup:
+        stage = ctx.recipe.soup.stage
     wanted = ctx.recipe.bootstrap if stage == "bootstrap" else ctx.recipe.stages.get(stage)
     return run.run(ctx, stage, init, datasets, candidate or None) if wanted else init
 
@@ -213,7 +267,7 @@ def put_soup(made: SoupResult, result: Port, model: Port, page: Port, metrics: P
 
 
 def lineup(
-    ctx: Context, untrained: Port, bootstrap: Port, candidates: list[Port], soup: Port, evaluators: int
+    ctx: Context, untrained: Port, bootstrap: Port | None, candidates: list[Port], soup: Port, evaluators: int
 ) -> list[dict[str, Any]]:
     """Models to evaluate, dealt into at most `evaluators` groups: `name` ("1", "2", ...) and `models`, which maps model
     name to the URI of its folder (KFP does not keep the order of a dictionary, hence the name).
@@ -222,10 +276,38 @@ def lineup(
     answered from the first's finished scores.
     """
     models = {UNTRAINED: get_model(untrained)}
-    if ctx.recipe.bootstrap:
+    if ctx.recipe.bootstrap and bootstrap is not None:
         models["bootstrap"] = get_model(bootstrap)
     models |= get_candidates(ctx, candidates)
     models |= {soup_row(name): entry.ref for name, entry in get_soup(soup).soups.items()}
+    return deal(models, evaluators)
+
+
+def contestants(
+    ctx: Context, addresses: list[str], evaluators: int, opened: Port | None = None
+) -> list[dict[str, Any]]:
+    """Models that a person names by URI or registered version, and one that is open, dealt into groups as `lineup` does.
+
+    A row bears the model's name; models of one name also the beginning of their weights' hash.
+
+    Raises:
+        RecipeError: none is named.
+    """
+    from collections import Counter
+
+    from vlmflow.registry import address
+
+    named = [*map(address.find, addresses), *([get_model(opened)] if opened is not None else [])]
+    if not named:
+        raise RecipeError("models: the list is empty; name at least one model by URI or registered version")
+    refs = {ref.weights_sha256 + ref.uri: ref for ref in named}.values()
+    often = Counter(ref.name for ref in refs)
+    models = {ref.name if often[ref.name] == 1 else f"{ref.name}-{ref.weights_sha256[:8]}": ref for ref in refs}
+    return deal(models, evaluators)
+
+
+def deal(models: Mapping[str, ModelRef], evaluators: int) -> list[dict[str, Any]]:
+    """Models (row name -> model) in at most `evaluators` groups; those of equal weights share one."""
     alike: dict[str, dict[str, str]] = {}
     for name, ref in models.items():
         alike.setdefault(ref.weights_sha256, {})[name] = ref.uri
@@ -236,12 +318,15 @@ def lineup(
     return [{"name": str(index), "models": members} for index, members in enumerate(groups, start=1)]
 
 
-def evaluate(ctx: Context, models: dict[str, str]) -> dict[str, Scores]:
-    """Scores on the report split of models given as name -> URI."""
+def evaluate(ctx: Context, models: dict[str, str], split: str = "report") -> dict[str, Scores]:
+    """Scores on one split of models given as name -> URI. Raises RecipeError for an unknown split."""
     from vlmflow.evaluation import run
     from vlmflow.models.store import MARKER, load_ref
 
-    return {name: run.run(ctx, load_ref(storage.join(uri, MARKER)), "report") for name, uri in sorted(models.items())}
+    return {
+        name: run.run(ctx, load_ref(storage.join(uri, MARKER)), cast("Split", split))
+        for name, uri in sorted(models.items())
+    }
 
 
 def put_scores(scores: dict[str, Scores], out: Port, page: Port, metrics: Port) -> None:
@@ -252,15 +337,30 @@ def put_scores(scores: dict[str, Scores], out: Port, page: Port, metrics: Port) 
         {"model": name, "mean": s.mean} | {b: v.accuracy for b, v in s.benchmarks.items()} for name, s in scores.items()
     ]
     values = {str(row["model"]): {k: v for k, v in row.items() if k != "model"} for row in rows}
-    show("Scores on the report split", values, page, metrics, table=rows)
+    splits = ", ".join(sorted({each.split for each in scores.values()}))
+    show(f"Scores on the {splits} split", values, page, metrics, table=rows)
+
+
+def put_scoreboard(ctx: Context, scores: dict[str, Scores], out: Port, page: Port, metrics: Port) -> None:
+    """Write all groups' scores as one table, and `summary.json` of the run to the store."""
+    put_scores(scores, out, page, metrics)
+    storage.write_json(storage.join(ctx.root, "runs", ctx.run_id, "summary.json"), _score_summary(scores))
+
+
+def _score_summary(scores: Mapping[str, Scores]) -> dict[str, Any]:
+    return {
+        "scores": {n: {b: r.accuracy for b, r in s.benchmarks.items()} | {"mean": s.mean} for n, s in scores.items()},
+        "chance": {b: r.chance for s in list(scores.values())[:1] for b, r in s.benchmarks.items()},
+        "models": list(scores),  # JSON objects are stored with sorted keys; this is the order of the table
+    }
 
 
 def get_scores(ctx: Context, ports: list[Port]) -> dict[str, Scores]:
-    """All groups' scores by model name: untrained, bootstrap, candidates, soups."""
+    """All groups' scores by model name: untrained, bootstrap, candidates, soups, others."""
     from vlmflow.evaluation.scores import Scores
 
     found = {name: Scores.model_validate(s) for port in ports for name, s in storage.read_json(port.path).items()}
-    order = [UNTRAINED, "bootstrap", *candidate_names(ctx)]
+    order = [UNTRAINED, "bootstrap", *(ctx.recipe.soup.candidates if ctx.recipe.soup else ())]
     known = [name for name in order if name in found]
     return {name: found[name] for name in [*known, *sorted(set(found) - set(known), key=_soup_order)]}
 
@@ -310,9 +410,7 @@ def put_report(
     Path(page.path).write_text(text, encoding="utf-8")
     folder = storage.join(ctx.root, "runs", ctx.run_id)
     summary = {
-        "scores": {n: {b: r.accuracy for b, r in s.benchmarks.items()} | {"mean": s.mean} for n, s in scores.items()},
-        "chance": {b: r.chance for s in list(scores.values())[:1] for b, r in s.benchmarks.items()},
-        "models": list(scores),  # JSON objects are stored with sorted keys; this is the order of the table
+        **_score_summary(scores),
         "chosen": searched.chosen,
         "registered": {key: results["registered"].get(key) for key in ("name", "version", "url")},
         "exported": {key: results["exported"].get(key) for key in ("uri",)},

@@ -8,18 +8,23 @@ from __future__ import annotations
 import http.client
 import os
 import shutil
+import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vlmflow import storage, web
 from vlmflow.curation.table import check_host
-from vlmflow.errors import DataError, NotFound, RecipeError, ServiceError, VlmflowError
-from vlmflow.ports import DATASETS, STAGES
+from vlmflow.errors import DataError, NotFound, ServiceError, VlmflowError
+from vlmflow.pipeline_needs import Needs, needs_of, suits
+from vlmflow.ports import used
 
 if TYPE_CHECKING:
+    from vlmflow.dataset.manifest import Manifest
     from vlmflow.recipe import Recipe
     from vlmflow.step import Context
 
@@ -28,48 +33,108 @@ LEAST_FREE_BYTES = 256 * 2**20
 OPENED_BYTES = 256 * 2**20  # a larger table is only looked for; the step that reads it checks its columns
 
 
-def resolve(source: str, overrides: list[str], soup_choice: str = "recipe") -> Recipe:
-    """Load a recipe from a path or URI with overrides, and refuse what the points pipeline cannot run.
+def resolve(
+    source: str,
+    overrides: list[str],
+    soup_choice: str = "recipe",
+    pipeline: str = "points",
+    scorer: str = "",
+    model: str = "",
+) -> Recipe:
+    """Load a recipe from a path or URI with overrides, and refuse what the pipeline cannot run.
+
+    Args:
+        soup_choice: put in the place of `soup.choose`, unless it is `recipe`.
+        scorer: address of the model that captions and scores, in the place of the recipe's; no bootstrap is trained then.
+            The recipe gets the URI of its folder, so that an alias that moves meanwhile changes nothing.
+        model: registered version whose recipe is used when `source` is empty.
 
     Raises:
         RecipeError: naming the field and what is allowed.
+        ModelError, RegistryError: there is no such scorer.
     """
     from vlmflow.recipe import load
+    from vlmflow.registry import address
 
     changes = list(overrides)
     if soup_choice != "recipe":
         changes.append(f"soup.choose={soup_choice}")
-    recipe = load(source, changes)
-    suits_pipeline(recipe)
+    if scorer:
+        changes += [f"curation.scorer={address.find(scorer).uri}", "bootstrap=null"]
+    if source:
+        recipe = load(source, changes)
+    else:
+        with tempfile.TemporaryDirectory(prefix="vlmflow-recipe-") as folder:
+            recipe = load(str(address.recorded_recipe(model, Path(folder))), changes)
+    suits(recipe, pipeline)
     return recipe
 
 
-def suits_pipeline(recipe: Recipe) -> None:
-    """Refuse sections that the points pipeline would silently not run. Raises RecipeError."""
-    problems = []
-    if unknown := sorted(set(recipe.data) - set(DATASETS)):
-        problems.append(
-            f"data: the points pipeline carries the datasets {list(DATASETS)}, the recipe also has {unknown}"
-        )
-    if unknown := [name for name in recipe.stages if name not in STAGES]:
-        problems.append(f"stages: the points pipeline runs {list(STAGES)}, the recipe also has {unknown}")
-    order = [name for name in STAGES if name in recipe.stages]
-    if list(recipe.stages) != order and not unknown:
-        problems.append(
-            f"stages: the points pipeline runs them in the order {order}, the recipe has {list(recipe.stages)}"
-        )
-    if recipe.curation.dataset not in (None, "web"):
-        problems.append(
-            f"curation.dataset: the points pipeline curates 'web', the recipe says '{recipe.curation.dataset}'"
-        )
-    if recipe.soup is None:
-        problems.append("soup: the points pipeline ends in a soup; name at least one candidate")
-    if problems:
-        raise RecipeError("the recipe does not fit the pipeline 'points':\n" + "\n".join(f"  - {p}" for p in problems))
+def check_given(
+    ctx: Context,
+    models: Collection[str] = (),
+    manifests: Mapping[str, str] | None = None,
+    trainings: Collection[tuple[str, str]] = (),
+) -> list[dict[str, str]]:
+    """Look for what the form names, so that a wrong name or address ends the run in its first seconds.
+
+    Args:
+        models: addresses (URIs or registered versions); empty ones are none.
+        manifests: dataset name -> URI of its manifest.
+        trainings: as `trainings_of` lists them; their layers must be in the manifests.
+
+    Raises:
+        ModelError, RegistryError, DataError: there is none. RecipeError: the recipe has no such stage or candidate.
+    """
+    from vlmflow.dataset import manifest
+    from vlmflow.registry import address
+
+    rows, opened = [], {}
+    for named in filter(None, models):
+        rows.append({"check": f"model {named}", "found": address.find(named).weights_sha256})
+    for name, uri in (manifests or {}).items():
+        with _named(f"dataset {name}"):
+            opened[name] = found = manifest.load(uri)
+        rows.append({"check": f"dataset {name}", "found": f"{found.samples} samples, {found.digest}"})
+    for name, extra in trainings:
+        _check_layers(ctx.recipe, name, extra, opened)
+        rows.append({"check": "stage and its layers", "found": f"{name} {extra}".strip()})
+    return rows
 
 
-def check(ctx: Context) -> list[dict[str, str]]:
-    """Probe tables, object store, scratch disk, MLflow, services and, where stages are trained there, the cluster.
+def trainings_of(recipe: Recipe, pipeline: str, stage: str = "", candidate: str = "") -> list[tuple[str, str]]:
+    """(stage, candidate) of what a pipeline trains from given datasets: the stage that is asked for, or the soup's
+    candidates."""
+    if stage:
+        return [(stage, candidate)]
+    if pipeline == "soup" and recipe.soup:
+        return [(recipe.soup.stage, name) for name in recipe.soup.candidates]
+    return []
+
+
+def _check_layers(recipe: Recipe, stage: str, candidate: str, opened: Mapping[str, Manifest]) -> None:
+    """The texts and selections that a stage learns from are made by `curate`; pulling alone does not make them."""
+    from vlmflow.training.run import ingredients
+
+    for use in ingredients(recipe, stage, candidate or None):
+        layers = [*([use.text] if use.text in ("ocr", "synthetic", "fused") else []), *(["keep"] if use.keep else [])]
+        have = opened[use.dataset].layers if use.dataset in opened else {}
+        if missing := [layer for layer in layers if layer not in have]:
+            raise DataError(
+                f"stage '{stage}' learns from layers {missing} of dataset '{use.dataset}'; the manifest given for it has "
+                f"{sorted(have) or 'none'}. Run the pipeline curate and give the manifest of its last step as {use.dataset}."
+            )
+
+
+def check(
+    ctx: Context, pipeline: str = "points", given: Collection[str] = (), stage: str = "", candidate: str = ""
+) -> list[dict[str, str]]:
+    """Probe what the pipeline needs of tables, object store, scratch disk, MLflow, services and, where stages are trained
+    there, the cluster.
+
+    Args:
+        given: datasets that come as manifests; their tables are not looked for.
+        stage: stage that is trained, with its soup candidate; empty = all of the recipe's datasets are pulled.
 
     Returns:
         One row a check: `check` (what) and `found` (what answered).
@@ -79,8 +144,15 @@ def check(ctx: Context) -> list[dict[str, str]]:
         DataError: a table of the recipe does not exist, lacks a column, or a benchmark has a wrong row.
         ServiceError: a server of tables, MLflow or another service does not answer, or its address is not configured.
     """
-    rows = []
-    probes = (_store, _scratch, _tables, _mlflow, _services, _training)
+    needs, rows = needs_of(pipeline), []
+    probes: list[Callable[[Context], list[tuple[str, str]]]] = [_store, _scratch]
+    if needs.tables or needs.benchmarks:
+        probes.append(partial(_tables, needs=needs, given=given, stage=stage, candidate=candidate))
+    probes += [
+        probe
+        for wanted, probe in ((needs.mlflow, _mlflow), (needs.curation, _services), (needs.training, _training))
+        if wanted
+    ]
     with ctx.progress("preflight", len(probes), "checks") as progress:
         for probe in probes:
             rows += [{"check": what, "found": found} for what, found in probe(ctx)]
@@ -104,7 +176,7 @@ def _scratch(ctx: Context) -> list[tuple[str, str]]:
     return [("scratch disk", f"{free / 2**30:.1f} GiB free at {ctx.scratch}")]
 
 
-def _tables(ctx: Context) -> list[tuple[str, str]]:
+def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, candidate: str) -> list[tuple[str, str]]:
     from vlmflow.curation.pull import columns_of
     from vlmflow.curation.table import check_columns, localize
     from vlmflow.evaluation.table_file import local_table
@@ -113,7 +185,13 @@ def _tables(ctx: Context) -> list[tuple[str, str]]:
     recipe = ctx.recipe
     allow = frozenset(host.lower() for host in recipe.pull.allow_hosts)
     large = []
-    for dataset, spec in recipe.data.items():
+    data = {
+        name: spec
+        for name, spec in recipe.data.items()
+        if needs.tables and name not in given and used(recipe, name, stage, candidate)
+    }
+    benchmarks = recipe.evaluation.benchmarks if needs.benchmarks else {}
+    for dataset, spec in data.items():
         for name, source in spec.sources.items():
             field = f"data.{dataset}.sources.{name}"
             if _size(f"{field}.table", source.table, allow) > OPENED_BYTES:
@@ -122,14 +200,14 @@ def _tables(ctx: Context) -> list[tuple[str, str]]:
             with _named(f"{field}.table"):
                 path = localize(source.table, ctx.scratch, allow)
             check_columns(path, columns_of(source), field, source.table)
-    for name, benchmark in recipe.evaluation.benchmarks.items():
+    for name, benchmark in benchmarks.items():
         field = f"evaluation.benchmarks.{name}.table"
         if _size(field, benchmark.table, allow) > OPENED_BYTES:
             large.append(benchmark.table)
             continue
         with _named(f"{field}: {benchmark.table}"):
             Table(local_table(benchmark.table, ctx.scratch, allow), benchmark.kind, name)
-    count = sum(len(spec.sources) for spec in recipe.data.values()) + len(recipe.evaluation.benchmarks)
+    count = sum(len(spec.sources) for spec in data.values()) + len(benchmarks)
     found = f"{count} tables"
     if large:
         found += f"; not opened, above {OPENED_BYTES // 2**20} MiB: {', '.join(large)}"

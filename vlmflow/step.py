@@ -93,6 +93,7 @@ class Context:
         root: store prefix of all datasets, layers and models, e.g. ``s3://vlmflow``.
         scratch: local disk for caches.
         run_id: names this run in logs and reports; never part of a digest.
+        parts_only: the step works on a group of shards: it writes their layer parts and seals no manifest.
     """
 
     recipe: Recipe
@@ -100,6 +101,7 @@ class Context:
     scratch: Path
     run_id: str = "local"
     step: str = ""
+    parts_only: bool = False
 
     def progress(self, label: str, total: int, unit: str = "items") -> Progress:
         """A progress counter; use it as a context manager."""
@@ -111,14 +113,29 @@ class Context:
         print(f"[{self.step or 'step'}] {text}", file=sys.stderr, flush=True)
 
 
-def context(recipe: Recipe, step: str = "") -> Context:
-    """A context from the environment. Raises RecipeError when VLMFLOW_ROOT is not set."""
+def store_root() -> str:
+    """Store prefix of this installation. Raises RecipeError when VLMFLOW_ROOT is not set."""
     root = os.environ.get("VLMFLOW_ROOT")
     if not root:
         raise RecipeError(
             "VLMFLOW_ROOT is not set: it names the store prefix, e.g. s3://vlmflow or file:///data/vlmflow"
         )
-    return Context(recipe, root, storage.default_scratch(), os.environ.get("VLMFLOW_RUN_ID", "local"), step)
+    return root
+
+
+def run_id() -> str:
+    """Names this run in logs and reports."""
+    return os.environ.get("VLMFLOW_RUN_ID", "local")
+
+
+def run_folder() -> str:
+    """Where timings, report and summary of this run lie in the store. Raises RecipeError without VLMFLOW_ROOT."""
+    return storage.join(store_root(), "runs", run_id())
+
+
+def context(recipe: Recipe, step: str = "") -> Context:
+    """A context from the environment. Raises RecipeError when VLMFLOW_ROOT is not set."""
+    return Context(recipe, store_root(), storage.default_scratch(), run_id(), step)
 
 
 def _failed(name: str, error: BaseException, code: int) -> None:
@@ -127,13 +144,12 @@ def _failed(name: str, error: BaseException, code: int) -> None:
 
 
 @contextmanager
-def open_step(name: str, recipe_path: str | Path) -> Iterator[Context]:
-    """Frame of one component: loads the recipe, emits start and end, stores the step's wall time in seconds."""
+def frame(name: str) -> Iterator[None]:
+    """Frame of one component: emits start and end, and stores the step's wall time in seconds."""
     emit(step=name, state="start")
     started = time.time()
     try:
-        ctx = context(load(recipe_path), name)
-        yield ctx
+        yield
     except VlmflowError as error:
         _failed(name, error, error.exit_code)
         raise
@@ -148,5 +164,12 @@ def open_step(name: str, recipe_path: str | Path) -> Iterator[Context]:
         raise
     seconds = round(time.time() - started, 3)
     record = {"step": name, "started": round(started, 3), "seconds": seconds}
-    storage.write_json(storage.join(ctx.root, "runs", ctx.run_id, "steps", f"{name}.json"), record)
+    storage.write_json(storage.join(run_folder(), "steps", f"{name}.json"), record)
     emit(step=name, state="end", seconds=seconds)
+
+
+@contextmanager
+def open_step(name: str, recipe_path: str | Path) -> Iterator[Context]:
+    """`frame` of a component that works by a recipe: loads it and yields the context."""
+    with frame(name):
+        yield context(load(recipe_path), name)

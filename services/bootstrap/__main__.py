@@ -39,13 +39,14 @@ def buckets(names: list[str]) -> str:
 
 def pipelines(names: list[str], image: str | None) -> str:
     """Every pipeline is registered in its current version. Raises ServiceError."""
-    from vlmflow import compiler, kfp_api
+    from vlmflow import compiler, installation, kfp_api
 
+    asked = installation.from_environment()
     kfp = kfp_api.connect(os.environ.get("VLMFLOW_KFP_ENDPOINT", ""), os.environ.get("VLMFLOW_KFP_TOKEN", ""))
     said = []
     with tempfile.TemporaryDirectory(prefix="vlmflow-packages-") as folder:
         for name in names:
-            package = compiler.compile_pipeline(name, image)
+            package = compiler.compile_pipeline(name, image, installation=asked)
             _, _, new = kfp_api.register(kfp, name, package.text, Path(folder))
             said.append(f"{name} ({'new version' if new else 'unchanged'})")
     return ", ".join(said) or "none"

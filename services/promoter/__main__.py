@@ -101,7 +101,7 @@ def _after(args: argparse.Namespace) -> Callable[[Outcome], None]:
             Client().start_once(
                 args.export_pipeline,
                 f"export-{outcome.model}-{outcome.version}",
-                {"model": outcome.model, "version": outcome.version},
+                {"model": f"models:/{outcome.model}/{outcome.version}"},
             )
 
     if args.deployment:

@@ -169,6 +169,9 @@ def add_layer(
 ) -> Manifest:
     """Run a step over every shard and return the manifest with its layer.
 
+    With `ctx.parts_only` (a group of shards) the parts are written and nothing else: failures are judged, the layer summed
+    up and the manifest sealed by the call over all shards, which finds the parts.
+
     Args:
         params: everything that decides the result: settings, model hash, prompt. Digested into the path.
         version: raised by hand when the step's code changes what it computes.
@@ -199,6 +202,8 @@ def add_layer(
         parts = list(pool.map(one, range(len(manifest.shards))))
     layer = LayerRef(step=name, digest=layer_digest, params=params, parts=parts)
     draft = _with_layer(manifest, name, layer)
+    if ctx.parts_only:
+        return draft
     check_failures(draft, name, failure_limit, ctx.scratch)
     if summary:
         layer = layer.model_copy(update={"summary": summary(draft)})

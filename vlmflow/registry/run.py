@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 PARAM_CHARACTERS = 6000  # MLflow's limit of a parameter value
 PARAMS_A_BATCH = 100  # and of parameters in one request
+RECIPE_DOCUMENT = "recipe.json"  # in the run of a version
 DIGEST_CHARACTERS = 36  # and of a dataset digest
 
 
@@ -280,7 +281,7 @@ def _log_scores(mlflow: MlflowClient, run_id: str, rows: list[ScoreRow], final: 
 
 
 def _log_documents(mlflow: MlflowClient, run_id: str, ctx: Context, scores: Mapping[str, Scores], soup: Any) -> None:
-    mlflow.log_dict(run_id, ctx.recipe.model_dump(mode="json"), "recipe.json")
+    mlflow.log_dict(run_id, ctx.recipe.model_dump(mode="json"), RECIPE_DOCUMENT)
     mlflow.log_dict(run_id, {name: each.model_dump(mode="json") for name, each in scores.items()}, "scores.json")
     if soup is not None:
         mlflow.log_dict(run_id, soup_summary(soup), "soup.json")

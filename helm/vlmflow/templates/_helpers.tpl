@@ -199,3 +199,24 @@ imagePullSecrets:
 - {name: MLFLOW_WEBHOOK_ALLOWED_SCHEMES, value: "http,https"}
 - {name: MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS, value: "true"}
 {{- end -}}
+
+{{/* policy of every model that the promoter looks after, for the pipeline `promote`: the same gates */}}
+{{- define "vlmflow.policies" -}}
+{{- $found := dict -}}
+{{- range .Values.promoter.models -}}
+{{- $_ := set $found . (merge (dict) (get $.Values.promoter.policies . | default dict) (dict "approval_tag" $.Values.promoter.approvalTag)) -}}
+{{- end -}}
+{{- toJson $found -}}
+{{- end -}}
+
+{{/* platform configuration that is compiled into the pipelines (vlmflow/installation.py) */}}
+{{- define "vlmflow.installation" -}}
+{{- $secrets := dict -}}
+{{- range $ours, $theirs := dict "mlpipeline-minio-artifact" .Values.objectStore.existingSecret "vlmflow-endpoints" .Values.platform.endpointSecret "vlmflow-mlflow" .Values.mlflow.existingSecret "vlmflow-promoter" .Values.promoter.credentialsSecret -}}
+{{- if $theirs }}{{ $_ := set $secrets $ours $theirs }}{{ end -}}
+{{- end -}}
+{{- $pull := list -}}
+{{- range .Values.imagePullSecrets }}{{ $pull = append $pull .name }}{{ end -}}
+{{- $pipelines := .Values.pipelines -}}
+{{- dict "pull_secrets" $pull "secrets" $secrets "pools" $pipelines.pools "steps" $pipelines.steps "default_pool" $pipelines.defaultPool | toJson -}}
+{{- end -}}

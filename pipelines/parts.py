@@ -1,0 +1,98 @@
+"""Stretches of pipeline that several pipelines share: each is a function that chains tasks and returns their outputs.
+
+Called inside a `@dsl.pipeline` function. A dataset or model in these signatures is the output of a task.
+"""
+
+from functools import partial
+
+from kfp import dsl
+
+from components.caption import caption
+from components.evaluate import evaluate
+from components.finish import finish
+from components.fuse import fuse
+from components.groups import groups
+from components.keep import keep
+from components.lineup import lineup
+from components.merge import merge
+from components.ocr import ocr
+from components.perplexity import perplexity
+from components.plan import plan
+from components.pull import pull
+from components.soup import soup
+from components.train import train
+from pipelines.platform import once, repeatable
+
+
+def finished():
+    """Around all tasks of a run: however it ends, what it left on the cluster is deleted and its summary written."""
+    return dsl.ExitHandler(once(finish()), name="run")
+
+
+def datasets(resolved, seed="", web="", sft="", **of) -> dict:
+    """The recipe's datasets by name: those given as manifest URIs, the others pulled (of=stage, candidate: as they need)."""
+    given = {"seed": seed, "web": web, "sft": sft}
+    return {
+        name: repeatable(pull(recipe=resolved, dataset=name, manifest=uri, **of))
+        .set_display_name(f"pull {name}")
+        .outputs["data"]
+        for name, uri in given.items()
+    }
+
+
+def stage(resolved, name: str, init, data: dict):
+    """A trained stage: the model."""
+    made = repeatable(train(recipe=resolved, init=init, stage=name, **data)).set_display_name(f"train {name}")
+    return made.outputs["model"]
+
+
+def curated(resolved, raw, model):
+    """OCR, captions, fusion, perplexity and selection over a whole dataset; parts that groups computed are found."""
+    scored = _layers(resolved, raw, model)
+    return repeatable(keep(recipe=resolved, dataset=scored)).outputs["data"]
+
+
+def curated_in_groups(resolved, raw, model, count):
+    """`curated`, computed by groups of shards at a time: a chain of tasks a group, then the manifest is sealed."""
+    dealt = repeatable(groups(recipe=resolved, dataset=raw, count=count))
+    with dsl.ParallelFor(dealt.output) as group:
+        part = _layers(resolved, raw, model, group)
+    whole = repeatable(merge(recipe=resolved, dataset=raw, parts=dsl.Collected(part)))
+    return curated(resolved, whole.outputs["data"], model)
+
+
+def _layers(resolved, data, model, group=None):
+    for step, wanted in ((ocr, {}), (caption, {"model": model}), (fuse, {}), (perplexity, {"model": model})):
+        given = {} if group is None else {"group": group}
+        made = repeatable(step(recipe=resolved, dataset=data, **wanted, **given))
+        data = made.set_display_name(f"{step.name} of a group" if given else step.name).outputs["data"]
+    return data
+
+
+def candidates(resolved, init, data: dict, stage: str = "") -> partial:
+    """The soup's stage trained once a candidate. Returns a function that gathers the models, for one consumer each: the kfp
+    compiler rewrites a dsl.Collected when it resolves it, so one cannot be shared."""
+    names = repeatable(plan(recipe=resolved))
+    with dsl.ParallelFor(names.output) as name:
+        trained = repeatable(train(recipe=resolved, init=init, stage=stage, candidate=name, **data))
+        trained.set_display_name(f"train {stage or 'candidate'}")
+    return partial(dsl.Collected, trained.outputs["model"])
+
+
+def scored(resolved, dealt, split="report") -> partial:
+    """Groups of models evaluated side by side. Returns a function that gathers the scores, for one consumer each."""
+    with dsl.ParallelFor(dealt.output) as group:
+        made = once(evaluate(recipe=resolved, group=group, split=split))
+    return partial(dsl.Collected, made.outputs["scores"])
+
+
+def souped(resolved, trained: partial, untrained, evaluators, **others) -> tuple:
+    """Soups of the candidates, and every model's scores. Returns the soup task and a function that gathers the scores."""
+    soups = repeatable(soup(recipe=resolved, candidates=trained()))
+    dealt = repeatable(
+        lineup(
+            recipe=resolved, untrained=untrained, candidates=trained(), soup=soups.outputs["result"], evaluators=evaluators,
+            **others,
+        )
+    )  # fmt: skip
+    return soups, scored(resolved, dealt)
