@@ -125,6 +125,7 @@ def test_the_training_settings_are_the_launchers_own() -> None:
     assert config.pools["ocr"].shared and config.pools["ocr"].gpus == 1
     assert config.pool("align")[0] == "default" and config.pools["default"].node_selector == {"pool": "h100"}
     assert config.image_pull_secrets == ["registry"]
+    assert config.secrets["mlpipeline-minio-artifact"] == "vlmflow-store"
     with pytest.raises(RecipeError, match="7 were asked for"):
         config.shape("sft", 7)
 

@@ -104,6 +104,7 @@ def test_pods_get_the_same_configuration_as_pipeline_tasks() -> None:
     from pipelines import platform
 
     assert (settings.CONFIG_MAP, settings.STORE_SECRET) == (platform.CONFIG_MAP, platform.STORE_SECRET)
+    assert settings.MLFLOW_SECRET == platform.MLFLOW_SECRET and settings.MLFLOW_KEYS == platform.MLFLOW_KEYS
     assert settings.STORE_KEYS == platform.STORE_KEYS and settings.CONFIG_KEYS.items() <= platform.CONFIG.items()
 
 

@@ -168,6 +168,7 @@ imagePullSecrets:
   "deadline_seconds" (int .Values.training.activeDeadlineSeconds)
   "grace_seconds" (int .Values.training.gracePeriodSeconds)
   "patience_seconds" (int .Values.training.patienceSeconds)
+  "secrets" (include "vlmflow.secrets" . | fromJson)
   "env" .Values.training.env
   "pools" $pools | toJson -}}
 {{- end -}}
@@ -209,14 +210,19 @@ imagePullSecrets:
 {{- toJson $found -}}
 {{- end -}}
 
-{{/* platform configuration that is compiled into the pipelines (vlmflow/installation.py) */}}
-{{- define "vlmflow.installation" -}}
+{{/* names of the secrets in the library -> names of this installation, as JSON */}}
+{{- define "vlmflow.secrets" -}}
 {{- $secrets := dict -}}
 {{- range $ours, $theirs := dict "mlpipeline-minio-artifact" .Values.objectStore.existingSecret "vlmflow-endpoints" .Values.platform.endpointSecret "vlmflow-mlflow" .Values.mlflow.existingSecret "vlmflow-promoter" .Values.promoter.credentialsSecret -}}
 {{- if $theirs }}{{ $_ := set $secrets $ours $theirs }}{{ end -}}
 {{- end -}}
+{{- toJson $secrets -}}
+{{- end -}}
+
+{{/* platform configuration that is compiled into the pipelines (vlmflow/installation.py) */}}
+{{- define "vlmflow.installation" -}}
 {{- $pull := list -}}
 {{- range .Values.imagePullSecrets }}{{ $pull = append $pull .name }}{{ end -}}
 {{- $pipelines := .Values.pipelines -}}
-{{- dict "pull_secrets" $pull "secrets" $secrets "pools" $pipelines.pools "steps" $pipelines.steps "default_pool" $pipelines.defaultPool | toJson -}}
+{{- dict "pull_secrets" $pull "secrets" (include "vlmflow.secrets" . | fromJson) "pools" $pipelines.pools "steps" $pipelines.steps "default_pool" $pipelines.defaultPool | toJson -}}
 {{- end -}}

@@ -29,6 +29,8 @@ CONFIG_KEYS = {
 }
 STORE_SECRET = "mlpipeline-minio-artifact"
 STORE_KEYS = {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
+MLFLOW_SECRET = "vlmflow-mlflow"
+MLFLOW_KEYS = {"username": "MLFLOW_TRACKING_USERNAME", "password": "MLFLOW_TRACKING_PASSWORD"}
 
 
 class Shape(NamedTuple):
@@ -86,6 +88,9 @@ class TrainJobConfig(_Strict):
     image: str = Field("", description="training image; empty = the image of the runtime")
     service_account: str = Field("", description="service account of the training pods")
     image_pull_secrets: list[str] = Field(default_factory=list, description="secrets for the image registry")
+    secrets: dict[str, str] = Field(
+        default_factory=dict, description="name of a secret in this file -> its name in this installation"
+    )
     deadline_seconds: int = Field(
         14 * 86400, ge=60, le=2**31 - 1, description="a running TrainJob is ended after this; queueing does not count"
     )

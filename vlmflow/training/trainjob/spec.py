@@ -99,8 +99,10 @@ def _environment(request: LaunchRequest, config: TrainJobConfig) -> list[dict[st
     env: dict[str, dict[str, Any]] = {}
     for key, name in settings.CONFIG_KEYS.items():
         env[name] = {"configMapKeyRef": {"name": settings.CONFIG_MAP, "key": key, "optional": True}}
-    for key, name in settings.STORE_KEYS.items():
-        env[name] = {"secretKeyRef": {"name": settings.STORE_SECRET, "key": key, "optional": True}}
+    secrets = {settings.STORE_SECRET: settings.STORE_KEYS, settings.MLFLOW_SECRET: settings.MLFLOW_KEYS}
+    for secret, keys in secrets.items():
+        for key, name in keys.items():
+            env[name] = {"secretKeyRef": {"name": config.secrets.get(secret, secret), "key": key, "optional": True}}
     entries: dict[str, dict[str, Any]] = {name: {"name": name, "valueFrom": source} for name, source in env.items()}
     plain = {**CACHES, "PYTHONUNBUFFERED": "1", "VLMFLOW_RUN_ID": request.run_id}
     plain["VLMFLOW_TRAIN_GRACE"] = str(config.grace_seconds - KILLED_AFTER)
