@@ -36,13 +36,13 @@ What all of them share:
 
 ## Shards in groups
 
-`curate` deals the shards of the web dataset to `shard_groups` groups. Each group is a chain `ocr`, `caption`, `fuse`,
+`points` and `curate` deal the shards of the web dataset to `shard_groups` groups. Each group is a chain `ocr`, `caption`, `fuse`,
 `perplexity` of its own that writes only its shards' layer parts: no manifest, no verdict about failures. After all groups
 `merge` checks that every shard was in one, and the same steps run over the whole dataset: they find every part by digest,
 judge the failures of all shards together against the recipe's limit, and seal the manifest; `keep` ranks all shards at once.
 So the manifest has the same digest and the parts the same bytes whatever the number of groups
-(`test_dataset_groups.py::test_the_same_bytes_whatever_the_grouping`). `points` curates in one task a step; run `curate` first
-with the same recipe and bootstrap, and `points` finds every layer.
+(`test_dataset_groups.py::test_the_same_bytes_whatever_the_grouping`), and `points` finds every layer that `curate` made of the
+same recipe. A laptop uses one group.
 
 ## Node pools, images, secrets
 

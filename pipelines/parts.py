@@ -46,19 +46,15 @@ def stage(resolved, name: str, init, data: dict):
     return made.outputs["model"]
 
 
-def curated(resolved, raw, model):
-    """OCR, captions, fusion, perplexity and selection over a whole dataset; parts that groups computed are found."""
-    scored = _layers(resolved, raw, model)
-    return repeatable(keep(recipe=resolved, dataset=scored)).outputs["data"]
-
-
-def curated_in_groups(resolved, raw, model, count):
-    """`curated`, computed by groups of shards at a time: a chain of tasks a group, then the manifest is sealed."""
-    dealt = repeatable(groups(recipe=resolved, dataset=raw, count=count))
+def curated(resolved, raw, model, shard_groups):
+    """OCR, captions, fusion, perplexity and selection. A chain of tasks for each group of shards computes the layers' parts;
+    then the same steps find them and seal the manifest, and the selection ranks all shards at once."""
+    dealt = repeatable(groups(recipe=resolved, dataset=raw, count=shard_groups))
     with dsl.ParallelFor(dealt.output) as group:
         part = _layers(resolved, raw, model, group)
     whole = repeatable(merge(recipe=resolved, dataset=raw, parts=dsl.Collected(part)))
-    return curated(resolved, whole.outputs["data"], model)
+    scored = _layers(resolved, whole.outputs["data"], model)
+    return repeatable(keep(recipe=resolved, dataset=scored)).outputs["data"]
 
 
 def _layers(resolved, data, model, group=None):

@@ -21,7 +21,7 @@ LITERALS = {"soup_choice": ["recipe", "greedy", "maximum", "average", "best"]}
 
 
 @dsl.pipeline(name="vlmflow-points", display_name="POINTS: from URLs to a registered vision-language model")
-def points(recipe: str, overrides: list = [], soup_choice: str = "recipe", evaluators: int = 8):  # noqa: B006
+def points(recipe: str, overrides: list = [], soup_choice: str = "recipe", evaluators: int = 8, shard_groups: int = 8):  # noqa: B006
     """Train a vision-language model by the POINTS recipe.
 
     Args:
@@ -29,6 +29,7 @@ def points(recipe: str, overrides: list = [], soup_choice: str = "recipe", evalu
         overrides: Changes to the recipe, each `section.key=value`, such as ["seed=7", "curation.keep.fraction=0.3"].
         soup_choice: Which soup is registered and exported; `recipe` keeps what the recipe says.
         evaluators: Number of tasks that the models are dealt to for evaluation.
+        shard_groups: Number of groups that the shards of the web data are dealt to; each is curated by tasks of its own.
     """
     with parts.finished():
         checked = once(preflight(source=recipe, overrides=overrides, pipeline="points", soup_choice=soup_choice))
@@ -37,7 +38,7 @@ def points(recipe: str, overrides: list = [], soup_choice: str = "recipe", evalu
 
         untrained = repeatable(initial(recipe=resolved, **raw)).outputs["model"]
         model_p = parts.stage(resolved, "bootstrap", untrained, raw)
-        data = {**raw, "web": parts.curated(resolved, raw["web"], model_p)}
+        data = {**raw, "web": parts.curated(resolved, raw["web"], model_p, shard_groups)}
 
         stage1 = parts.stage(resolved, "ocr", model_p, data)
         stage2 = parts.stage(resolved, "align", stage1, data)

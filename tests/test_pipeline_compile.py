@@ -54,7 +54,7 @@ def named_loop(spec):
 
 
 def growing_not(spec):
-    root_task(spec, "ocr")["retryPolicy"]["backoffFactor"] = 1.0
+    root_task(spec, "keep")["retryPolicy"]["backoffFactor"] = 1.0
 
 
 def ignored(spec):
@@ -67,7 +67,7 @@ def huge(spec):
 
 def quoted(spec):
     expression = "inputs.parameter_values['pipelinechannel--x'] == 'it\\'s'"
-    root_task(spec, "ocr")["triggerPolicy"] = {"condition": expression}
+    root_task(spec, "keep")["triggerPolicy"] = {"condition": expression}
 
 
 BREAKS = [
@@ -97,7 +97,7 @@ BREAKS = [
         lambda s: container(s, "ocr").update(env=[{"name": "AWS_SECRET_ACCESS_KEY", "value": "x"}]),
     ),
     ("uncached", lambda s: root_task(s, "register").update(cachingOptions={"enableCache": True})),
-    ("retried", lambda s: root_task(s, "ocr").pop("retryPolicy")),
+    ("retried", lambda s: root_task(s, "keep").pop("retryPolicy")),
     ("retried", growing_not),
 ]
 
@@ -150,7 +150,7 @@ def test_unknown_pipeline_and_unknown_literal_are_named():
 def test_the_form_in_the_ui(package):
     parameters = package.spec["root"]["inputDefinitions"]["parameters"]
     assert parameters["soup_choice"]["literals"] == ["recipe", "greedy", "maximum", "average", "best"]
-    assert set(parameters) == {"recipe", "overrides", "soup_choice", "evaluators"}
+    assert set(parameters) == {"recipe", "overrides", "soup_choice", "evaluators", "shard_groups"}
     assert [name for name, p in parameters.items() if "defaultValue" not in p] == ["recipe"]
 
 

@@ -12,7 +12,7 @@ FORMS = {
     "curate": (["recipe"], {"model", "overrides", "shard_groups"}),
     "evaluate": (["models", "recipe"], {"evaluators", "overrides", "split"}),
     "export": (["model"], {"overrides", "recipe"}),
-    "points": (["recipe"], {"evaluators", "overrides", "soup_choice"}),
+    "points": (["recipe"], {"evaluators", "overrides", "shard_groups", "soup_choice"}),
     "promote": (["model"], {"candidate"}),
     "soup": (["checkpoint", "recipe"], {"evaluators", "overrides", "seed", "sft", "soup_choice", "web"}),
     "train": (["model", "recipe", "stage"], {"candidate", "overrides", "seed", "sft", "web"}),
@@ -97,8 +97,9 @@ def _given(task: dict) -> dict:
     return task["inputs"].get("parameters", {}).get("given", {})
 
 
-def test_curation_goes_through_groups_before_the_manifest_is_sealed(specs):
-    spec = specs["curate"].spec
+@pytest.mark.parametrize("name", ["curate", "points"])
+def test_curation_goes_through_groups_before_the_manifest_is_sealed(specs, name):
+    spec = specs[name].spec
     loop = tasks(spec, "comp-for-loop-2")
     assert set(loop) == {"ocr", "caption", "fuse", "perplexity"}
     assert all("group" in task["inputs"]["parameters"] for task in loop.values())
@@ -131,8 +132,9 @@ def test_only_the_promoting_task_holds_the_promoters_login(specs):
 
 def test_loops_run_over_a_given_number_of_tasks(specs):
     """The number of groups and of evaluators reaches the task that deals them out."""
-    groups = tasks(specs["curate"].spec)["groups"]["inputs"]["parameters"]["count"]
-    assert groups == {"componentInputParameter": "pipelinechannel--shard_groups"}
+    for name in ("curate", "points"):
+        groups = tasks(specs[name].spec)["groups"]["inputs"]["parameters"]["count"]
+        assert groups == {"componentInputParameter": "pipelinechannel--shard_groups"}, name
     for name, dealer in (("points", "lineup"), ("soup", "lineup"), ("evaluate", "contestants")):
         given = tasks(specs[name].spec)[dealer]["inputs"]["parameters"]["evaluators"]
         assert given == {"componentInputParameter": "pipelinechannel--evaluators"}, name

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 LANES = 2  # tasks of a loop that kfp.local runs at a time (platform.md 1.2, L8)
 FIRST_RUN_SECONDS = {
-    "preflight": 1, "pull": 4, "initial": 4, "train-bootstrap": 85, "ocr": 11, "caption": 7, "fuse": 1,
-    "perplexity": 9, "keep": 1, "train-ocr": 11, "train-align": 7, "plan": 1, "train-sft": 30, "soup": 9,
+    "preflight": 1, "pull": 4, "initial": 4, "train-bootstrap": 85, "groups": 1, "ocr-1": 11, "caption-1": 7,
+    "fuse-1": 1, "perplexity-1": 9, "merge": 1, "ocr": 1, "caption": 1, "fuse": 1, "perplexity": 1, "keep": 1, "train-ocr": 11, "train-align": 7, "plan": 1, "train-sft": 30, "soup": 9,
     "lineup": 1, "evaluate": 18, "register": 2, "export": 8, "report": 1, "finish": 1,
 }  # fmt: skip
 UNKNOWN_SECONDS = 10.0
@@ -44,7 +44,8 @@ class Planned:
 
 
 def expected_steps(recipe: Recipe, evaluators: int, memory: Mapping[str, float]) -> list[Planned]:
-    """The steps of the points pipeline for a recipe, in order; models are evaluated by `evaluators` tasks."""
+    """The steps of the points pipeline for a recipe, in order, with one group of shards; models are evaluated by `evaluators`
+    tasks."""
     names: list[tuple[str, int]] = [
         ("preflight", 1),
         ("pull-seed", 1),
@@ -52,9 +53,9 @@ def expected_steps(recipe: Recipe, evaluators: int, memory: Mapping[str, float])
         ("pull-sft", 1),
         ("initial", 1),
     ]
-    names += [
-        (n, 1) for n in ("train-bootstrap", "ocr", "caption", "fuse", "perplexity", "keep", "train-ocr", "train-align")
-    ]
+    layers = ("ocr", "caption", "fuse", "perplexity")
+    names += [("train-bootstrap", 1), ("groups", 1), *((f"{layer}-1", 1) for layer in layers), ("merge", 1)]
+    names += [(name, 1) for name in (*layers, "keep", "train-ocr", "train-align")]
     names.append(("plan", 1))
     candidates = list(recipe.soup.candidates) if recipe.soup else []
     names += [(f"train-sft-{name}", min(LANES, len(candidates))) for name in candidates]

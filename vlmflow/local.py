@@ -76,7 +76,12 @@ def run(
         (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
         timings = state / "timings.json"
         plan = estimate.expected_steps(recipe, EVALUATORS, estimate.recall(timings, recipe.name))
-        arguments = {"recipe": str(folder / "recipe.yaml"), "overrides": [], "evaluators": EVALUATORS}
+        arguments = {
+            "recipe": str(folder / "recipe.yaml"),
+            "overrides": [],
+            "evaluators": EVALUATORS,
+            "shard_groups": 1,
+        }
         follower = estimate.Estimate(plan)
         try:
             execute(package.text, arguments, folder, follower, console=console)
