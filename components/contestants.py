@@ -14,8 +14,8 @@ def contestants(recipe: Input[Artifact], models: list, evaluators: int, opened: 
         models: URIs of model folders, or registered versions (models:/NAME/3, models:/NAME@champion).
         evaluators: Number of evaluation tasks the models are dealt to.
     """
-    from vlmflow import ports
+    from vlmflow import result_ports
     from vlmflow.step import open_step
 
     with open_step("contestants", recipe.path) as ctx:
-        return ports.contestants(ctx, models, evaluators, opened)
+        return result_ports.contestants(ctx, models, evaluators, opened)

@@ -21,8 +21,8 @@ def evaluate(
         group: `name` of the group and its `models` (name -> URI of the model folder), as `lineup` deals them.
         split: `report`, whose questions take part in no choice, or `selection`, by which soups and gates decide.
     """
-    from vlmflow import ports
+    from vlmflow import result_ports
     from vlmflow.step import open_step
 
     with open_step(f"evaluate-{group['name']}", recipe.path) as ctx:
-        ports.put_scores(ports.evaluate(ctx, group["models"], split), scores, page, metrics)
+        result_ports.put_scores(result_ports.evaluate(ctx, group["models"], split), scores, page, metrics)

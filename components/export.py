@@ -20,7 +20,7 @@ def export(
     sft: Input[Dataset] = None,
 ):
     """Export a model with its model card; datasets that are not given are those that the model names itself."""
-    from vlmflow import ports
+    from vlmflow import ports, result_ports
     from vlmflow.step import open_step
 
     with open_step("export", recipe.path) as ctx:
@@ -29,5 +29,5 @@ def export(
         ref = ports.get_model(model)
         datasets = ports.get_manifests(seed=seed, web=web, sft=sft) or ports.manifests_of(ctx, ref)
         searched = ports.get_soup(soup) if soup else None
-        made = export.run(ctx, ref, ports.get_scores(ctx, scores), searched, datasets)
+        made = export.run(ctx, ref, result_ports.get_scores(ctx, scores), searched, datasets)
         ports.put_object(made, exported, page, metrics, title="Exported model")

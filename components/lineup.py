@@ -20,8 +20,8 @@ def lineup(
     Args:
         evaluators: Number of evaluation tasks the models are dealt to.
     """
-    from vlmflow import ports
+    from vlmflow import result_ports
     from vlmflow.step import open_step
 
     with open_step("lineup", recipe.path) as ctx:
-        return ports.lineup(ctx, untrained, bootstrap, candidates, soup, evaluators)
+        return result_ports.lineup(ctx, untrained, bootstrap, candidates, soup, evaluators)

@@ -21,7 +21,7 @@ def register(
     metrics: Output[Metrics],
 ):
     """Register the chosen model."""
-    from vlmflow import ports
+    from vlmflow import ports, result_ports
     from vlmflow.step import open_step
 
     with open_step("register", recipe.path) as ctx:
@@ -29,7 +29,7 @@ def register(
 
         datasets = ports.get_manifests(seed=seed, web=web, sft=sft)
         searched = ports.get_soup(soup)
-        judged = ports.judged_scores(ctx, ports.get_model(untrained), searched)
-        scored = ports.get_scores(ctx, scores)
+        judged = result_ports.judged_scores(ctx, ports.get_model(untrained), searched)
+        scored = result_ports.get_scores(ctx, scores)
         made = registry.run(ctx, ports.get_model(model), scored, searched, datasets, judged)
         ports.put_object(made, registered, page, metrics, title="Registered model")

@@ -24,11 +24,13 @@ def report(
     page: Output[HTML],
 ):
     """Write the report page of the run."""
-    from vlmflow import ports
+    from vlmflow import ports, result_ports
     from vlmflow.step import open_step
 
     with open_step("report", recipe.path) as ctx:
         models = ports.get_models(untrained=untrained, bootstrap=bootstrap, ocr=ocr, align=align)
         models |= ports.get_candidates(ctx, candidates)
         datasets = ports.get_manifests(seed=seed, web=web, sft=sft)
-        ports.put_report(ctx, datasets, models, ports.get_scores(ctx, scores), soup, registered, exported, page)
+        result_ports.put_report(
+            ctx, datasets, models, result_ports.get_scores(ctx, scores), soup, registered, exported, page
+        )

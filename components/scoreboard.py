@@ -15,8 +15,8 @@ def scoreboard(
     metrics: Output[Metrics],
 ):
     """Put the scores of all groups side by side."""
-    from vlmflow import ports
+    from vlmflow import result_ports
     from vlmflow.step import open_step
 
     with open_step("scoreboard", recipe.path) as ctx:
-        ports.put_scoreboard(ctx, ports.get_scores(ctx, scores), table, page, metrics)
+        result_ports.put_scoreboard(ctx, result_ports.get_scores(ctx, scores), table, page, metrics)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from vlmflow import finish, pipeline_needs, ports, preflight, storage
+from vlmflow import finish, pipeline_needs, ports, preflight, result_ports, storage
 from vlmflow.dataset.manifest import LayerRef, Lineage, Manifest, ShardRef, save
 from vlmflow.errors import DataError, ModelError, RecipeError, RegistryError, ServiceError
 from vlmflow.models.store import MARKER, FileRef, ModelLineage, ModelRef, dump_ref
@@ -66,21 +66,21 @@ def test_a_wrong_address_says_how_to_write_one(given, kind, said):
 def test_models_are_dealt_by_weights_and_named_apart(ctx):
     first, second = published(ctx, "m", "1" * 64), published(ctx, "m", "2" * 64)
     other = published(ctx, "n", "1" * 64)
-    dealt = ports.contestants(ctx, [first.uri, second.uri, other.uri, first.uri], 8)
+    dealt = result_ports.contestants(ctx, [first.uri, second.uri, other.uri, first.uri], 8)
     assert [group["models"] for group in dealt] == [
         {"m-11111111": first.uri, "n": other.uri},
         {"m-22222222": second.uri},
     ]
     assert [group["name"] for group in dealt] == ["1", "2"]
     with pytest.raises(RecipeError, match="models: the list is empty"):
-        ports.contestants(ctx, [], 8)
+        result_ports.contestants(ctx, [], 8)
 
 
 def test_an_open_model_is_a_contestant(ctx, tmp_path):
     ref = published(ctx, "m", "1" * 64)
     path = tmp_path / "model.json"
     dump_ref(ref, path)
-    (group,) = ports.contestants(ctx, [], 1, SimpleNamespace(path=str(path), metadata={}))
+    (group,) = result_ports.contestants(ctx, [], 1, SimpleNamespace(path=str(path), metadata={}))
     assert group["models"] == {"m": ref.uri}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlmflow import pages, pipeline_needs, ports, preflight
+from vlmflow import pages, pipeline_needs, ports, preflight, result_ports
 from vlmflow.dataset.layer import add_layer
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.dataset.sample import Sample
@@ -111,10 +111,10 @@ def test_candidates_come_back_in_the_order_of_the_recipe(ctx, tmp_path):
 def test_every_model_is_evaluated_once_in_groups(ctx, tmp_path):
     first, model_p = stored(tmp_path, model("untrained")), stored(tmp_path, model("bootstrap"))
     for evaluators in (1, 2, 3.0, 100):
-        groups = ports.lineup(ctx, first, model_p, trained(tmp_path), soup_port(tmp_path), evaluators)
+        groups = result_ports.lineup(ctx, first, model_p, trained(tmp_path), soup_port(tmp_path), evaluators)
         assert [group["name"] for group in groups] == [str(i + 1) for i in range(min(int(evaluators), 8))]
         names = [name for group in groups for name in group["models"]]
-        assert sorted(names) == sorted(["untrained", "bootstrap", *CANDIDATES, *ports.SOUPS])
+        assert sorted(names) == sorted(["untrained", "bootstrap", *CANDIDATES, *result_ports.SOUPS])
         assert all(group["models"] for group in groups)
 
 
@@ -123,7 +123,7 @@ def test_gates_get_the_selection_scores_of_the_choice_and_of_the_untrained_model
 
     asked = []
     monkeypatch.setattr(run, "run", lambda _, ref, split: asked.append((ref.name, split)) or scores(ref.name, 0.1))
-    judged = ports.judged_scores(ctx, model("untrained"), ports.get_soup(soup_port(tmp_path)))
+    judged = result_ports.judged_scores(ctx, model("untrained"), ports.get_soup(soup_port(tmp_path)))
     assert asked == [("untrained", "selection")], "the soup step has scored the others"
     assert {name: score.mean for name, score in judged.items()} == {"untrained": 0.1, "soup-greedy": 0.5}
     assert judged["soup-greedy"].model_sha == "greedy"
@@ -131,7 +131,7 @@ def test_gates_get_the_selection_scores_of_the_choice_and_of_the_untrained_model
 
 def test_a_soup_with_a_candidates_weights_shares_its_group(ctx, tmp_path):
     first, model_p = stored(tmp_path, model("untrained")), stored(tmp_path, model("bootstrap"))
-    groups = ports.lineup(ctx, first, model_p, trained(tmp_path), soup_port(tmp_path, "charts"), 100)
+    groups = result_ports.lineup(ctx, first, model_p, trained(tmp_path), soup_port(tmp_path, "charts"), 100)
     assert len(groups) == 7
     assert [set(group["models"]) for group in groups if "charts" in group["models"]] == [{"charts", "soup-greedy"}]
 
@@ -142,9 +142,9 @@ def test_scores_of_all_groups_come_in_one_order(ctx, tmp_path):
     for i, names in enumerate(groups):
         made.append(Port(tmp_path / f"s{i}"))
         page, metrics = Port(tmp_path / "page"), Port(tmp_path / "metrics")
-        ports.put_scores({name: scores(name) for name in names}, made[-1], page, metrics)
+        result_ports.put_scores({name: scores(name) for name in names}, made[-1], page, metrics)
         assert metrics.metadata[f"{names[0]}.digits"] == 0.5
-    found = ports.get_scores(ctx, made)
+    found = result_ports.get_scores(ctx, made)
     assert list(found) == ["untrained", "bootstrap", "charts", "pairs", "soup-maximum", "soup-greedy"]
     assert found["pairs"] == scores("pairs")
 
@@ -215,7 +215,9 @@ def test_report_and_summary_reach_the_store(ctx, tmp_path, monkeypatch):
     ports.write_object({"name": "n-candidates", "version": "3", "url": "http://x", "gates": {}}, registered.path)
     ports.write_object({"uri": "file:///e", "files": []}, exported.path)
     page = Port(tmp_path / "page")
-    ports.put_report(ctx, {}, {}, {"untrained": scores("u", 0.1)}, soup_port(tmp_path), registered, exported, page)
+    result_ports.put_report(
+        ctx, {}, {}, {"untrained": scores("u", 0.1)}, soup_port(tmp_path), registered, exported, page
+    )
     folder = tmp_path / "store/runs/r1"
     assert (folder / "report.html").read_text() == Path(page.path).read_text() == "<p>greedy ['untrained']"
     summary = json.loads((folder / "summary.json").read_text())
