@@ -65,7 +65,7 @@ def migrate(settings: dict[str, str]) -> None:
         tracking._upgrade_db(engine)
         what = "users'"
         users.migrate(create_engine(settings["MLFLOW_AUTH_DATABASE_URI"]), "head")
-    except SQLAlchemyError as error:
+    except (SQLAlchemyError, OSError) as error:
         kind = settings["MLFLOW_BACKEND_STORE_URI"].partition(":")[0]
         # the error's text may hold the connection's password
         raise ServiceError(

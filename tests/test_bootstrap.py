@@ -195,10 +195,11 @@ def test_the_server_names_settings_that_are_missing(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_database_that_cannot_be_opened_is_named_without_its_password(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any
+    monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
 ) -> None:
+    (tmp_path / "file").touch()
     for name in mlflow_server.NEEDED:
-        monkeypatch.setenv(name, "sqlite:////nowhere/at-all/planted-password.db")
+        monkeypatch.setenv(name, f"sqlite:///{tmp_path}/file/planted-password.db")
     assert mlflow_server.main(["migrate"]) == 6
     said = capsys.readouterr()
     assert "tracking database" in said.err and "planted-password" not in said.err
