@@ -158,7 +158,8 @@ def test_an_error_of_a_rank_arrives_as_it_is_and_is_not_restarted(place: Place, 
     nodes.cluster.on_create = damage
     with pytest.raises(DataError, match=r"plan\.json holds 4 bytes that are not JSON"):
         place.train("damaged")
-    assert nodes.codes == [[DataError.exit_code] * 2]
+    (codes,) = nodes.codes  # one attempt; the other node fails by itself or is told to leave
+    assert DataError.exit_code in codes and set(codes) <= {DataError.exit_code, PREEMPTED}
 
 
 def test_cancelled_and_run_again_goes_on(place: Place, nodes: Kubelet) -> None:
