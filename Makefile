@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/points-tiny.yaml
 
-.PHONY: demo test lint types unit install compile clean
+.PHONY: demo test lint types unit install compile images test-images clean
 
 demo: install  ## the whole POINTS recipe at laptop size, ending in report.html
 	$(BIN)/vlmflow demo $(RECIPE)
@@ -23,6 +23,12 @@ unit: install
 
 compile: install  ## rewrite the committed compiled pipelines
 	$(BIN)/vlmflow compile
+
+images:  ## all four container images by buildah; settings: images/build.sh
+	images/build.sh
+
+test-images:  ## builds the images for CPUs and runs the tiny recipe in them; settings: images/test.sh
+	images/test.sh
 
 install: $(VENV)/.ready
 

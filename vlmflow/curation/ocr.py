@@ -84,7 +84,7 @@ def engine_name(engine: str) -> str:
     try:
         return f"rapidocr {version('rapidocr')}"
     except PackageNotFoundError:
-        raise ServiceError("rapidocr is not installed; install vlmflow[data] to read text in images") from None
+        raise ServiceError("rapidocr is not installed; install vlmflow[ocr] to read text in images") from None
 
 
 def model_files() -> dict[str, Path]:
@@ -93,7 +93,7 @@ def model_files() -> dict[str, Path]:
 
     found = find_spec("rapidocr")
     if found is None or not found.submodule_search_locations:
-        raise ServiceError("rapidocr is not installed; install vlmflow[data] to read text in images")
+        raise ServiceError("rapidocr is not installed; install vlmflow[ocr] to read text in images")
     folder = Path(next(iter(found.submodule_search_locations))) / "models"
     models = {}
     for role in ("det", "rec"):
