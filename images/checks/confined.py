@@ -5,7 +5,9 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-capabilities = [line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Cap")]
+capabilities = [
+    line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("Cap")
+]
 if os.getuid() != 10001 or any(int(each, 16) for each in capabilities):
     sys.exit(f"user {os.getuid()} with capabilities {capabilities}; expected 10001 with none")
 for folder in ("/", "/opt/vlmflow", sys.prefix):

@@ -17,7 +17,9 @@ with demo.serve("/state/site", SIZES) as site:
     finally:
         local_stack.down(state)
 kinds = sorted({path.relative_to(state / "s3/vlmflow").parts[0] for path in (state / "s3/vlmflow").rglob("*.*")})
-print(f"{time.monotonic() - began:.0f} s, steps {len(result.seconds)}, report {result.report}, in the store: {', '.join(kinds)}")
+print(
+    f"{time.monotonic() - began:.0f} s, steps {len(result.seconds)}, report {result.report}, in the store: {', '.join(kinds)}"
+)
 if missing := {"exports", "manifests", "models"} - set(kinds):
     sys.exit(f"the run left no {', '.join(sorted(missing))}")
 if result.report is None or not result.summary:
