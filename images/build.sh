@@ -12,7 +12,8 @@ command -v buildah >/dev/null || {
 }
 cd "$(dirname "$0")/.."
 VERSION=${VERSION:-$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)}
-REVISION=${REVISION:-$(git rev-parse HEAD)}
+# with a mark when the files are not those of the commit
+REVISION=${REVISION:-$(git describe --always --abbrev=40 --exclude='*' --dirty 2>/dev/null || echo unknown)}
 read -r -a flags <<<"${BUILD_FLAGS:-}"
 [ "$#" -gt 0 ] || set -- data ocr train services
 
