@@ -4,7 +4,8 @@
 #   REGISTRY     put before the names, with its slash at the end
 #   TORCH        cuda (default) or cpu, for the train image
 #   BASE_IMAGE   another base than the pinned one; it needs python3 (3.11 or newer) with venv
-#   BUILD_FLAGS  further flags for buildah, such as mounts of a pip.conf and a CA bundle; nothing of them is kept
+#   BUILD_FLAGS  further flags for buildah, such as mounts of a pip.conf and a CA bundle; of a mount
+#                an empty file or folder stays in the image
 set -euo pipefail
 command -v buildah >/dev/null || {
   echo "error: buildah is not installed. On Debian: apt-get install buildah podman runc netavark iptables uidmap" >&2
