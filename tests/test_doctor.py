@@ -65,13 +65,6 @@ class Answers:
         self.server.server_close()
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    state = tmp_path_factory.mktemp("doctor") / "state"
-    yield local_stack.up(state)
-    local_stack.down(state)
-
-
 @pytest.fixture
 def kfp(tmp_path: Path) -> Iterator[Kfp]:
     with Kfp(token="good") as server:

@@ -9,18 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
 import registry_world as world
 
 from vlmflow import local_stack
 from vlmflow.registry import promote, tracking
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory):
-    state = tmp_path_factory.mktemp("promoter") / "state"
-    yield local_stack.up(state)
-    local_stack.down(state)
 
 
 def start(stack: dict, log: Path, *arguments: str) -> subprocess.Popen:

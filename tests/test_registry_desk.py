@@ -13,13 +13,6 @@ from vlmflow.errors import RecipeError, RegistryError, ServiceError
 from vlmflow.registry import address, desk, tracking
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory):
-    state = tmp_path_factory.mktemp("desk") / "state"
-    yield local_stack.up(state)
-    local_stack.down(state)
-
-
 @pytest.fixture
 def mlflow(stack, monkeypatch):
     for name, value in local_stack.environment(stack).items():

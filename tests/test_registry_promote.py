@@ -44,13 +44,6 @@ class Mortal:
         return call
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory):
-    state = tmp_path_factory.mktemp("promote") / "state"
-    yield local_stack.up(state)
-    local_stack.down(state)
-
-
 @pytest.fixture
 def mlflow(stack, monkeypatch):
     for name, value in local_stack.environment(stack).items():

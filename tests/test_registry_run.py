@@ -16,13 +16,6 @@ from vlmflow.registry import run as registry
 from vlmflow.registry import tracking
 
 
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory):
-    state = tmp_path_factory.mktemp("registry") / "state"
-    yield local_stack.up(state)
-    local_stack.down(state)
-
-
 @pytest.fixture
 def environment(stack, monkeypatch):
     for name, value in local_stack.environment(stack).items():

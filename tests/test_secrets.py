@@ -6,7 +6,6 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +35,6 @@ PLANTED = {
         "HF_TOKEN",
     )
 }
-
-
-@pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    state = tmp_path_factory.mktemp("secrets") / "state"
-    yield local_stack.up(state)
-    local_stack.down(state)
 
 
 @pytest.fixture

@@ -45,9 +45,10 @@ def examine(settings: Settings, kubernetes: bool = True, connect: Callable[[], A
     Args:
         connect: gives `kubernetes.client.ApiClient`; None = kubeconfig or the pod's account.
     """
+    kfp: list[Any] = []  # the client, once it is connected
     checks: list[tuple[str, Callable[[], str]]] = [
-        ("Kubeflow Pipelines answers", lambda: _kfp(settings)),
-        ("pipelines are registered", lambda: _pipelines(settings)),
+        ("Kubeflow Pipelines answers", lambda: _kfp(settings, kfp)),
+        ("pipelines are registered", lambda: _pipelines(kfp)),
         ("object store takes objects", lambda: _store(settings)),
         ("MLflow answers, version", _mlflow),
         ("MLflow lets this identity in", _mlflow_identity),
@@ -71,9 +72,9 @@ def examine(settings: Settings, kubernetes: bool = True, connect: Callable[[], A
     return found
 
 
-def _kfp(settings: Settings) -> str:
+def _kfp(settings: Settings, connected: list[Any]) -> str:
     try:
-        kfp_api.connect(settings.endpoint, settings.token, settings.namespace)
+        connected.append(kfp_api.connect(settings.endpoint, settings.token, settings.namespace))
     except VlmflowError as error:
         text = str(error)
         if " 401" in text:
@@ -88,15 +89,13 @@ def _kfp(settings: Settings) -> str:
     return settings.endpoint
 
 
-def _pipelines(settings: Settings) -> str:
+def _pipelines(connected: list[Any]) -> str:
     from vlmflow.compiler import PIPELINES
 
-    try:
-        kfp = kfp_api.connect(settings.endpoint, settings.token, settings.namespace)
-        with kfp_api.translated("looking for the pipelines"):
-            missing = [name for name in PIPELINES if kfp.get_pipeline_id(name) is None]
-    except VlmflowError:
-        raise Fault("Kubeflow Pipelines could not be asked", "") from None
+    if not connected:
+        raise Fault("Kubeflow Pipelines could not be asked", "")
+    with kfp_api.translated("looking for the pipelines"):
+        missing = [name for name in PIPELINES if connected[0].get_pipeline_id(name) is None]
     if missing:
         raise Fault(
             f"not registered: {', '.join(missing)}",
