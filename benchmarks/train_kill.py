@@ -174,12 +174,15 @@ def lying(store: str) -> tuple[list[int], list[int]]:
 
 def writing(state: Path, folder: Path, objects: int) -> bool:
     """Whether a checkpoint is being written: its work file (``objects`` 0), or that many of its files in the store."""
-    if objects == 0:
-        return any(state.glob("scratch/training/*/saving/*.safetensors"))
-    for place in folder.glob("checkpoints/*/step-*"):
-        names = {path.name for path in place.iterdir()}
-        if checkpoint.MARKER not in names and len(names) >= objects:
-            return True
+    try:
+        if objects == 0:
+            return any(state.glob("scratch/training/*/saving/*.safetensors"))
+        for place in folder.glob("checkpoints/*/step-*"):
+            names = {path.name for path in place.iterdir()}
+            if checkpoint.MARKER not in names and len(names) >= objects:
+                return True
+    except FileNotFoundError:  # the run removed a folder between its listing and its reading: the write is over
+        pass
     return False
 
 
