@@ -151,6 +151,8 @@ def _default(field: FieldInfo) -> str:
         return f"`{value}`" if value else "empty text"
     if isinstance(value, dict | list) and not value:
         return "empty"
+    if isinstance(value, list):
+        return ", ".join(f"`{item}`" for item in value)
     if isinstance(value, tuple):
         return ", ".join(f"{item:g}" for item in value)
     return f"{value:_}" if isinstance(value, int) else f"{value:g}"

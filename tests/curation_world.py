@@ -16,7 +16,7 @@ from vlmflow.dataset.manifest import Manifest
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import describe_shard, write_shard
 from vlmflow.models.store import ModelLineage, ModelRef
-from vlmflow.recipe.data import CurationSpec
+from vlmflow.recipe.curation import CurationSpec
 from vlmflow.step import Context
 
 MODEL = ModelRef(

@@ -18,7 +18,8 @@ from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import ShardReader, describe_shard, write_shard
 from vlmflow.digest import sha256_bytes
 from vlmflow.errors import StepFailed
-from vlmflow.recipe.data import CurationSpec, OcrSpec, PullSpec
+from vlmflow.recipe.curation import CurationSpec, OcrSpec
+from vlmflow.recipe.data import PullSpec
 from vlmflow.step import Context
 
 LEFT = ["The quick brown fox", "jumps over the lazy", "dog near the river", "bank every morning"]

@@ -194,7 +194,7 @@ def test_every_step_shows_something(pipeline):
 
 def test_every_task_knows_its_run_and_the_services_a_recipe_may_name(package):
     """A recipe that a laptop runs must run on a cluster: what its fields name is mounted, and runs stay apart."""
-    from vlmflow.recipe.data import CaptionSpec, FuseSpec
+    from vlmflow.recipe.curation import CaptionSpec, FuseSpec
 
     named = {getattr(spec(), field) for spec in (CaptionSpec, FuseSpec) for field in ("endpoint_env", "key_env")}
     executors = package.platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]

@@ -196,7 +196,7 @@ def test_failures_of_a_sick_text_server_do_not_stay(tmp_path, monkeypatch):
     spec = {"engine": "openai", "model_name": "m", "endpoint_env": "TEST_URL", "concurrency": 1, "failure_limit": 0.25}
     curation = recipe.load(TINY).curation.model_dump()
     curation["caption"] |= spec
-    from vlmflow.recipe.data import CurationSpec
+    from vlmflow.recipe.curation import CurationSpec
 
     ctx = Context(
         SimpleNamespace(seed=1, curation=CurationSpec(**curation)), str(tmp_path / "root"), tmp_path / "scratch"

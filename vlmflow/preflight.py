@@ -194,12 +194,12 @@ def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, cand
     for dataset, spec in data.items():
         for name, source in spec.sources.items():
             field = f"data.{dataset}.sources.{name}"
-            if _size(f"{field}.table", source.table, allow) > OPENED_BYTES:
-                large.append(source.table)
+            if _size(f"{field}.table", source.table or "", allow) > OPENED_BYTES:
+                large.append(source.table or "")
                 continue
             with _named(f"{field}.table"):
-                path = localize(source.table, ctx.scratch, allow)
-            check_columns(path, columns_of(source), field, source.table)
+                path = localize(source.table or "", ctx.scratch, allow)
+            check_columns(path, columns_of(source), field, source.table or "")
     for name, benchmark in benchmarks.items():
         field = f"evaluation.benchmarks.{name}.table"
         if _size(field, benchmark.table, allow) > OPENED_BYTES:

@@ -49,13 +49,13 @@ def run(ctx: Context, dataset: str) -> Manifest:
     pull = ctx.recipe.pull
     sources = {name: ctx.recipe.data[dataset].sources[name] for name in sorted(ctx.recipe.data[dataset].sources)}
     allow = frozenset(host.lower() for host in pull.allow_hosts)
-    paths = {name: localize(source.table, ctx.scratch, allow) for name, source in sources.items()}
+    paths = {name: localize(source.table or "", ctx.scratch, allow) for name, source in sources.items()}
     for name, source in sources.items():  # all of them before anything is fetched
-        check_columns(paths[name], columns_of(source), f"data.{dataset}.sources.{name}", source.table)
+        check_columns(paths[name], columns_of(source), f"data.{dataset}.sources.{name}", source.table or "")
     total = sum(count_rows(path) for path in paths.values())
     if not total:
         raise DataError(
-            f"data.{dataset}: its tables have 0 rows ({', '.join(s.table for s in sources.values())}); nothing to pull"
+            f"data.{dataset}: its tables have 0 rows ({', '.join(s.table or '' for s in sources.values())}); nothing to pull"
         )
     params = _params(pull, allow)
     tally = _Tally(pull.failure_limit, total)
@@ -65,7 +65,7 @@ def run(ctx: Context, dataset: str) -> Manifest:
     try:
         with ctx.progress(f"pull {dataset}", total, "rows") as progress:
             for name, source in sources.items():
-                rows = read_rows(paths[name], columns_of(source), f"data.{dataset}.sources.{name}", source.table)
+                rows = read_rows(paths[name], columns_of(source), f"data.{dataset}.sources.{name}", source.table or "")
                 puller = ShardPuller(ctx.root, name, source.licence, pull.max_pixels, held, pull.failure_limit)
                 plans = _plans(rows, name, pull.samples_per_shard, {**params, "licence": source.licence})
                 asyncio.run(_pull(puller, plans, _limits(pull, allow), tally, progress, results))

@@ -15,7 +15,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from vlmflow.errors import RecipeError
 from vlmflow.recipe.base import Name, Section
-from vlmflow.recipe.data import CurationSpec, DatasetSpec, PullSpec
+from vlmflow.recipe.curation import CurationSpec
+from vlmflow.recipe.data import DatasetSpec, PullSpec
 from vlmflow.recipe.mixture import DataUse
 from vlmflow.recipe.model import ModelSpec
 from vlmflow.recipe.results import EvaluationSpec, ExportSpec, RegistrySpec, SoupSpec

@@ -1,4 +1,4 @@
-"""Recipe sections ``data``, ``pull`` and ``curation``: where samples come from and what is done to them."""
+"""Recipe sections ``data`` and ``pull``: where samples come from and how their images are fetched."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from vlmflow.recipe.base import Name, Section, Share
-
-Engine = Literal["model", "openai"]
 
 
 class PreferenceColumns(Section):
@@ -20,10 +18,26 @@ class PreferenceColumns(Section):
 
 
 class SourceSpec(Section):
-    """One table of samples: image URLs with alt text, conversations or preferences."""
+    """Samples of one origin: a table of image URLs or image bytes with alt text, conversations or preferences; or
+    WebDataset tars that exist already and are adopted where they lie."""
 
-    table: str = Field(
-        description="URI of a .parquet, .csv, .tsv, .jsonl, .ndjson or .json table (file, s3, http of an allowed host)"
+    table: str | None = Field(
+        None,
+        description="URI of a .parquet, .csv, .tsv, .jsonl, .ndjson or .json table (file, s3, http of an allowed host), or of a "
+        "folder (URI that ends in /) whose Parquet files together are the table, as Hugging Face datasets lie",
+    )
+    shards: list[str] | None = Field(
+        None,
+        min_length=1,
+        description="URIs of existing WebDataset tars instead of a table, with {00000..00099} ranges; never copied nor changed",
+    )
+    image_root: str | None = Field(
+        None,
+        description="folder in the store under which the url column's paths or URIs lie; nothing is fetched over HTTP then",
+    )
+    image_column: str | None = Field(
+        None,
+        description="column with the images themselves: bytes, or {bytes, path} as Hugging Face writes them, or lists of these",
     )
     url_column: str | None = Field(
         "url", description="column with the image URL (text-only rows leave it empty); None = no images"
@@ -42,6 +56,29 @@ class SourceSpec(Section):
     )
     licence: str | None = Field(None, description="licence of the images and texts, if known")
 
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceSpec:
+        if (self.table is None) == (self.shards is None):
+            raise ValueError("name either a table or shards, not both and not neither")
+        if self.shards and (self.image_root or self.image_column):
+            raise ValueError("shards hold their images; remove image_root and image_column")
+        if self.image_root and self.image_column:
+            raise ValueError(
+                "image_root and image_column contradict each other: images lie in the store or in the table"
+            )
+        return self
+
+
+class ResizeSpec(Section):
+    """What becomes of large images. Without it, original bytes are kept: re-encoding costs twenty times as much."""
+
+    side: int = Field(ge=16, description="pixels")
+    measure: Literal["longest", "shortest"] = Field("longest", description="which side is brought down to `side`")
+    format: Literal["jpg", "webp", "png"] = Field(
+        "jpg", description="format of resized images; smaller ones stay as they are"
+    )
+    quality: int = Field(92, ge=1, le=100, description="of jpg and webp")
+
 
 class DatasetSpec(Section):
     """A dataset: one or more sources pulled into one manifest."""
@@ -57,6 +94,17 @@ class PullSpec(Section):
     timeout: float = Field(
         20.0, gt=0, description="seconds on the network for one URL, redirects and retries together; pauses not counted"
     )
+    first_byte_timeout: float = Field(10.0, gt=0, description="seconds from the request to the head of its answer")
+    min_rate: int = Field(
+        1024, ge=0, description="bytes per second below which a body is given up, after 5 seconds of it; 0 = no limit"
+    )
+    per_host: int = Field(
+        16, ge=1, le=4096, description="open requests to one host at a time; not part of a shard's name"
+    )
+    robots_txt: bool = Field(
+        False, description="also ask each host's robots.txt (cached); X-Robots-Tag is always honoured"
+    )
+    resize: ResizeSpec | None = Field(None, description="shrink large images; None = keep the original bytes")
     retries: int = Field(
         2, ge=0, le=10, description="further tries after 429, 500, 502, 503, 504 or a broken connection"
     )
@@ -74,115 +122,3 @@ class PullSpec(Section):
         "vlmflow/0.1 (+image dataset puller; honours X-Robots-Tag)", description="User-Agent header of every request"
     )
     failure_limit: Share = Field(0.5, description="largest share of rows that may fail")
-
-
-class OcrSpec(Section):
-    """Layer `ocr`: text in images, the label of the OCR encoder's stage (POINTS 4.2)."""
-
-    engine: Literal["rapidocr"] = Field(
-        "rapidocr", description="rapidocr = PaddleOCR's PP-OCR models on ONNX Runtime (POINTS 4.2 used PaddleOCR)"
-    )
-    min_score: Share = Field(0.5, description="lines read with less confidence are dropped; POINTS does not state one")
-    min_chars: int = Field(2, ge=1, description="lines of fewer characters (white space not counted) are dropped")
-    limit_side: int = Field(
-        960, ge=32, description="pixels of the long side above which detection works on a shrunk copy; never enlarges"
-    )
-    workers: int = Field(1, ge=1, description="processes, one thread each; not part of the layer's digest")
-    failure_limit: Share = Field(0.05, description="largest share of samples with an image that cannot be read")
-
-
-class CaptionSpec(Section):
-    """Layer `synthetic`: brief captions by a vision-language model, POINTS' F(I) (POINTS 3.1, app. B)."""
-
-    engine: Engine = Field("model", description="model = the bootstrap model; openai = an OpenAI-compatible endpoint")
-    endpoint_env: str = Field(
-        "VLMFLOW_CAPTION_URL", description="environment variable with the endpoint's base URL (engine openai)"
-    )
-    key_env: str = Field("VLMFLOW_CAPTION_KEY", description="environment variable with the API key (engine openai)")
-    model_name: str | None = Field(None, description="model asked of the endpoint; required with engine openai")
-    prompt: str = Field(
-        "Give a brief description of the image in English.",
-        description="instruction; POINTS app. B asks for a brief English description",
-    )
-    max_new_tokens: int = Field(80, ge=1, description="longest caption in tokens")
-    batch: int = Field(64, ge=1, description="captions written at a time (engine model)")
-    concurrency: int = Field(64, ge=1, description="open requests (engine openai)")
-    failure_limit: Share = Field(
-        0.02, description="largest share of samples without a caption; samples that an earlier step failed do not count"
-    )
-
-
-class FuseSpec(Section):
-    """Layer `fused`: alt text and synthetic caption become one sentence, CapFusion's G(c, F(I)) (POINTS 3.1, app. B)."""
-
-    engine: Literal["rules", "openai"] = Field(
-        "rules", description="rules = embedded rule-based fuser, not a language model; openai = an endpoint"
-    )
-    endpoint_env: str = Field(
-        "VLMFLOW_FUSE_URL", description="environment variable with the endpoint's base URL (engine openai)"
-    )
-    key_env: str = Field("VLMFLOW_FUSE_KEY", description="environment variable with the API key (engine openai)")
-    model_name: str | None = Field(None, description="model asked of the endpoint; required with engine openai")
-    max_new_tokens: int = Field(80, ge=1, description="longest fused caption in tokens (engine openai; CapsFusion: 80)")
-    concurrency: int = Field(64, ge=1, description="open requests (engine openai)")
-    fallback: Literal["drop", "alt"] = Field(
-        "drop",
-        description="what becomes of a sample whose fusion fails its checks (twice with openai): no text, or the alt text",
-    )
-    failure_limit: Share = Field(
-        0.2,
-        description="largest share of samples without a fused text; samples that an earlier step failed do not count",
-    )
-
-
-class PerplexitySpec(Section):
-    """Layer `ppl`: perplexity of the text given its image, under the scorer P (POINTS eq. 3)."""
-
-    text: Literal["fused", "alt", "synthetic", "ocr"] = Field("fused", description="which text is scored")
-    prompt: str = Field(
-        "please generate a caption for this image.",
-        description="instruction before the text (of the released filtering script); not counted in the perplexity",
-    )
-    batch_tokens: int = Field(4096, ge=64, description="tokens scored in one pass; does not change the values")
-    failure_limit: Share = Field(
-        0.02, description="largest share of samples that cannot be scored; samples without the text do not count"
-    )
-
-
-class KeepSpec(Section):
-    """Layer `keep`: which samples stay, exact over all shards (POINTS 3.1 keeps the lowest 20 %)."""
-
-    fraction: Share = Field(0.2, gt=0, description="share of scored samples that is kept (POINTS: 0.2)")
-    order: Literal["lowest", "highest", "random"] = Field(
-        "lowest", description="which perplexities are kept; random = control of the same size"
-    )
-    threshold: float | None = Field(
-        None,
-        gt=0,
-        description="a perplexity instead of a fraction: kept up to it (lowest) or from it on (highest); not with random",
-    )
-    drop_duplicate_texts: bool = Field(False, description="keep each text once (the first in rank)")
-
-
-class CurationSpec(Section):
-    """Steps over one dataset of image + alt text; None leaves curation out."""
-
-    dataset: Name | None = Field(None, description="the dataset that is curated; None leaves curation out")
-    scorer: str | None = Field(
-        None,
-        description="URI of a model folder in the store (with its model.json) that captions and scores; None = the bootstrap model",
-    )
-    ocr: OcrSpec = Field(default_factory=OcrSpec, description="text in images")
-    caption: CaptionSpec = Field(default_factory=CaptionSpec, description="synthetic captions")
-    fuse: FuseSpec = Field(default_factory=FuseSpec, description="alt text and synthetic caption merged")
-    perplexity: PerplexitySpec = Field(default_factory=PerplexitySpec, description="perplexity of a text")
-    keep: KeepSpec = Field(default_factory=KeepSpec, description="which samples stay")
-
-    @model_validator(mode="after")
-    def _endpoints_named(self) -> CurationSpec:
-        for name, step in (("caption", self.caption), ("fuse", self.fuse)):
-            if step.engine == "openai" and not step.model_name:
-                raise ValueError(
-                    f"curation.{name}.model_name is required with engine openai: the endpoint must be told which model"
-                )
-        return self
