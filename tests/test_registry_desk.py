@@ -9,8 +9,10 @@ import pytest
 import registry_world as world
 
 from vlmflow import local_stack, preflight
+from vlmflow.client import Client
 from vlmflow.errors import RecipeError, RegistryError, ServiceError
 from vlmflow.registry import address, desk, tracking
+from vlmflow.registry.policy import Policy
 
 
 @pytest.fixture
@@ -53,6 +55,33 @@ def test_the_installations_policy_is_asked_not_the_form(mlflow, tmp_path: Path, 
     monkeypatch.setenv(desk.VARIABLE, "[]")
     with pytest.raises(ServiceError, match="nothing is promoted while it is unclear"):
         desk.promote("strict", "1")
+
+
+def test_a_machine_without_the_configuration_asks_what_the_promoter_wrote_down(mlflow, tmp_path: Path) -> None:
+    world.candidate(tmp_path / "a", 20, "written")
+    strict = Policy(approval_tag="approved-by", regression=0.1)
+    desk.publish(mlflow, "written", strict)  # before there is a model: the next round writes it
+    assert desk.policy_of(mlflow, "written") == Policy()
+    mlflow.create_registered_model("written")
+    desk.publish(mlflow, "written", strict)
+    assert desk.policy_of(mlflow, "written") == strict
+    with pytest.raises(RegistryError, match="approved-by"):
+        Client(endpoint="http://127.0.0.1:1").promote("written", "1")
+    with pytest.raises(ServiceError, match="is the tag 'approved-by', not 'mine'"):
+        desk.verdict("written", "1", approval_tag="mine")
+    mlflow.set_model_version_tag("written-candidates", "1", "approved-by", "a person")
+    made = Client(endpoint="http://127.0.0.1:1").promote("written", "1", by="me")
+    assert (made.action, made.version) == ("promoted", "1")
+
+
+def test_who_promotes_may_ask_for_more(mlflow, tmp_path: Path) -> None:
+    world.candidate(tmp_path / "a", 20, "free")
+    _, results = desk.verdict("free", "1", approval_tag="seen-by")
+    assert [r.name for r in results if not r.passed] == ["approval"]
+    mlflow.create_registered_model("free")
+    mlflow.set_registered_model_tag("free", desk.PUBLISHED, "{")
+    with pytest.raises(ServiceError, match="nothing is promoted while it is unclear"):
+        desk.promote("free", "1")
 
 
 def test_without_a_candidate_there_is_nothing_to_judge(mlflow) -> None:

@@ -11,6 +11,7 @@ from vlmflow.cli_options import Output, OutputOption, Overrides, RecipeArgument
 
 if TYPE_CHECKING:
     from vlmflow.client import Client, Run
+    from vlmflow.registry.desk import Promotion
     from vlmflow.registry.promote import Outcome
 
 Endpoint = Annotated[str | None, typer.Option(help="URL of Kubeflow Pipelines (VLMFLOW_KFP_ENDPOINT).")]
@@ -179,25 +180,22 @@ def compare(
 def promote(
     model: Model,
     candidate: Annotated[str, typer.Option(help="Version of NAME-candidates.")],
-    approval_tag: Annotated[str, typer.Option(help="Tag that must be set on the candidate.")] = "",
+    approval_tag: Annotated[str, typer.Option(help="Tag that must also be set on the candidate.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Judge, change nothing.")] = False,
     output: OutputOption = Output.text,
 ) -> None:
-    """Make a candidate champion, if it passes every gate. Exit code 5 when it does not."""
-    from vlmflow.registry import promote as promotion
-    from vlmflow.registry import tracking
-    from vlmflow.registry.policy import Policy
+    """Make a candidate champion, if it passes every gate of its recipe and of the installation. Exit code 5 when it does not."""
+    from vlmflow.registry import desk
 
-    policy = Policy(approval_tag=approval_tag)
     if dry_run:
-        results = promotion.verdict(tracking.client(), model, candidate, policy)
+        _, results = desk.verdict(model, candidate, approval_tag)
         value = [{"gate": r.name, "passed": r.passed, "detail": r.detail} for r in results]
         text = "\n".join(f"{'pass' if r.passed else 'FAIL'}  {r.name:<22} {r.detail}" for r in results)
         _show(value, output, text)
         if not all(result.passed for result in results):
             raise typer.Exit(5)
         return
-    _outcome(_client().promote(model, candidate, policy), output)
+    _outcome(_client().promote(model, candidate, approval_tag), output)
 
 
 def rollback(
@@ -209,11 +207,11 @@ def rollback(
     _outcome(_client().rollback(model, why), output)
 
 
-def _outcome(outcome: Outcome, output: Output) -> None:
+def _outcome(outcome: Outcome | Promotion, output: Output) -> None:
     text = (
         f"{outcome.model}: {outcome.action}; champion is version {outcome.version}, from candidate {outcome.candidate}"
     )
-    _show(vars(outcome), output, text)
+    _show(dict(vars(outcome)), output, text)
 
 
 def history(model: Model, output: OutputOption = Output.text) -> None:

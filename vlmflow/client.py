@@ -22,6 +22,7 @@ from vlmflow.digest import sha256_bytes
 from vlmflow.errors import NotFound, RecipeError, ServiceError, StepFailed
 
 if TYPE_CHECKING:
+    from vlmflow.registry.desk import Promotion
     from vlmflow.registry.promote import Outcome
 
 TERMINAL = {"SUCCEEDED", "FAILED", "CANCELED", "SKIPPED"}
@@ -253,12 +254,18 @@ class Client:
                 rows.append({"version": str(version.version), "scores": scores, "chance": chance, "gates": gates})
         return rows
 
-    def promote(self, model: str, candidate: str, policy: Any = None, by: str = "") -> Outcome:
-        """Promote a candidate through its gates. Raises RegistryError listing those that fail."""
-        from vlmflow.registry import promote, tracking
-        from vlmflow.registry.policy import Policy
+    def promote(self, model: str, candidate: str, approval_tag: str = "", by: str = "") -> Promotion:
+        """Promote a candidate through the gates of its recipe and of the installation.
 
-        return promote.promote(tracking.client(), model, candidate, policy or Policy(), by or _user())
+        Args:
+            approval_tag: tag that must be set on the candidate besides what the installation asks.
+
+        Raises:
+            RegistryError: listing the gates that fail.
+        """
+        from vlmflow.registry import desk
+
+        return desk.promote(model, candidate, approval_tag, by or _user())
 
     def rollback(self, model: str, why: str, by: str = "") -> Outcome:
         """`champion` back to `previous`. Raises RegistryError when there is none."""

@@ -68,10 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     from services.promoter.app import create
     from services.promoter.loop import Loop
     from services.promoter.webhook import Verifier
-    from vlmflow.registry import promote, tracking
+    from vlmflow.registry import desk, promote, tracking
 
     def look(model: str) -> Outcome:
-        return promote.reconcile(tracking.client(), model, asked[model])
+        mlflow = tracking.client()
+        desk.publish(mlflow, model, asked[model])
+        return promote.reconcile(mlflow, model, asked[model])
 
     secret = os.environ.get("VLMFLOW_WEBHOOK_SECRET", "")
     loop = Loop(args.model, look, after, args.period)

@@ -1,7 +1,7 @@
 """A promotion asked for by a person or a pipeline: the promoter's gates under the installation's policies.
 
-Policies come from the environment (mounted configuration), never from a parameter: who starts a run must not be able to
-lower what the installation asks.
+Policies come from the environment (mounted configuration) or, on a machine without it, from the registered model, where the
+promoter writes down what it asks; never from a parameter: who promotes may ask for more than the installation, not for less.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from vlmflow.registry.policy import Policy
 
 VARIABLE = "VLMFLOW_PROMOTION_POLICIES"  # JSON: registered model -> policy
+PUBLISHED = "vlmflow.policy"  # tag of the registered model NAME, which only the promoter may write (platform.md 4.3)
 BY = "pipeline promote"  # in the audit record
 
 
@@ -35,28 +36,65 @@ class Promotion(BaseModel):
     detail: str
 
 
-def policy_of(model: str) -> Policy:
-    """What this installation asks of a model's candidates. Raises ServiceError when the configuration
-    cannot be read or does not name the model."""
+def policy_of(mlflow: Any, model: str, approval_tag: str = "") -> Policy:
+    """What this installation asks of a model's candidates, and the approval tag that the caller asks besides.
+
+    Raises:
+        ServiceError: the configuration cannot be read or does not name the model.
+        RegistryError: MLflow does not answer.
+    """
     from vlmflow.registry.policy import Policy
 
     text = os.environ.get(VARIABLE, "")
+    where = VARIABLE if text else f"tag '{PUBLISHED}' of the registered model"
     try:
-        known = json.loads(text) if text else {model: {}}
+        known = json.loads(text) if text else {model: json.loads((_tags(mlflow, model) or {}).get(PUBLISHED, "{}"))}
         if model not in known.keys():
             raise ServiceError(
                 f"this installation's promoter does not look after '{model}' ({VARIABLE} has {sorted(known)}): nobody said what its "
                 "candidates must show. Name it in promoter.models of the chart."
             )
-        return Policy.model_validate(known[model])
+        asked = Policy.model_validate(known[model])
     except (ValueError, AttributeError, ValidationError) as error:
         raise ServiceError(
-            f"{VARIABLE} is not a JSON object of policies by registered model ({error}); nothing is promoted while it is unclear "
-            "what a candidate must show. Correct the platform configuration."
+            f"{where} is not a JSON object of policies ({error}); nothing is promoted while it is unclear what a candidate must "
+            "show. Correct the platform configuration."
         ) from error
+    if asked.approval_tag and approval_tag not in ("", asked.approval_tag):
+        raise ServiceError(
+            f"the installation's approval of '{model}' is the tag '{asked.approval_tag}', not '{approval_tag}'; leave --approval-tag out"
+        )
+    return asked.model_copy(update={"approval_tag": asked.approval_tag or approval_tag})
 
 
-def verdict(model: str, candidate: str = "") -> tuple[str, list[GateResult]]:
+def _tags(mlflow: Any, model: str) -> dict[str, str] | None:
+    """Tags of the registered model NAME; None when there is none yet."""
+    from mlflow.exceptions import MlflowException
+
+    with tracking.translated(f"reading the policy of {model}"):
+        try:
+            return mlflow.get_registered_model(model).tags
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+
+def publish(mlflow: Any, model: str, asked: Policy) -> None:
+    """Write down on the registered model what is asked of its candidates; nothing when it stands there already, or when
+    there is no model yet.
+
+    Raises:
+        RegistryError: MLflow refuses, or does not answer.
+    """
+    text = json.dumps(asked.model_dump(mode="json"), sort_keys=True)
+    tags = _tags(mlflow, model)
+    if tags is not None and tags.get(PUBLISHED) != text:
+        with tracking.translated(f"publishing the policy of {model}"):
+            mlflow.set_registered_model_tag(model, PUBLISHED, text)
+
+
+def verdict(model: str, candidate: str = "", approval_tag: str = "") -> tuple[str, list[GateResult]]:
     """(version, every gate's result) of a candidate, the newest when none is named; changes nothing.
 
     Raises:
@@ -64,13 +102,13 @@ def verdict(model: str, candidate: str = "") -> tuple[str, list[GateResult]]:
     """
     from vlmflow.registry import promote
 
-    asked = policy_of(model)
     mlflow: Any = tracking.client()
+    asked = policy_of(mlflow, model, approval_tag)
     version = candidate or _newest(mlflow, model)
     return version, promote.verdict(mlflow, model, version, asked)
 
 
-def promote(model: str, candidate: str = "") -> Promotion:
+def promote(model: str, candidate: str = "", approval_tag: str = "", by: str = BY) -> Promotion:
     """Promote the candidate, or the newest one that passes.
 
     Raises:
@@ -78,10 +116,10 @@ def promote(model: str, candidate: str = "") -> Promotion:
     """
     from vlmflow.registry import promote as registry
 
-    asked = policy_of(model)
     mlflow = tracking.client()
+    asked = policy_of(mlflow, model, approval_tag)
     if candidate:
-        made = registry.promote(mlflow, model, candidate, asked, BY)
+        made = registry.promote(mlflow, model, candidate, asked, by)
     else:
         made = registry.reconcile(mlflow, model, asked)
     return Promotion(
