@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import ast
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from vlmflow import compiler
 from vlmflow.errors import RecipeError
-from vlmflow.installation import SECRETS, VARIABLE, Installation, from_environment, load, step_of
+from vlmflow.installation import (
+    DATA_STEPS,
+    SECRETS,
+    VARIABLE,
+    Installation,
+    from_environment,
+    load,
+    step_of,
+    with_images,
+)
 
 IMAGE = "registry.example/vlmflow-data@sha256:" + "a" * 64
+ROOT = Path(__file__).resolve().parents[1]
+OCR, DATA, OWN = (f"registry.example/{name}@sha256:" + "c" * 64 for name in ("ocr", "data", "own"))
 TRAIN = "registry.example/vlmflow-train@sha256:" + "b" * 64
 GIVEN = {
     "image": IMAGE,
@@ -74,6 +89,32 @@ def test_another_image_for_training_is_allowed_where_it_was_asked_for():
     package = compiler.compile_pipeline("train", require_digest=True, installation=asked)
     assert [container["image"] for container, _ in parts(package, "train")] == [TRAIN]
     assert {container["image"] for container, _ in parts(package, "pull")} == {IMAGE}
+
+
+def test_a_release_has_an_image_for_steps_without_torch_and_what_the_installation_says_wins():
+    asked = with_images(Installation.model_validate({"images": {"pull": OWN}}), IMAGE, DATA, OCR)
+    package = compiler.compile_pipeline("points", require_digest=True, installation=asked)
+    used = {
+        name: {c["image"] for c, _ in parts(package, name)} for name in ("train", "ocr", "keep", "pull", "evaluate")
+    }
+    assert used == {"train": {IMAGE}, "ocr": {OCR}, "keep": {DATA}, "pull": {OWN}, "evaluate": {IMAGE}}
+    alone = compiler.compile_pipeline("points", image=IMAGE)
+    assert {e["container"]["image"] for e in compiler.executors(alone.spec).values() if "container" in e} == {IMAGE}
+
+
+def test_steps_of_the_data_image_need_no_torch():
+    blocked = ("torch", "transformers", "deepspeed", "safetensors", "tokenizers", "rapidocr", "matplotlib", "sklearn")
+    wanted = [f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))"]
+    for step in DATA_STEPS:
+        if not (ROOT / "components" / f"{step}.py").exists():
+            continue
+        tree = ast.parse((ROOT / "components" / f"{step}.py").read_text())
+        found = [ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        wanted += [line for line in found if line.startswith("from vlmflow")]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(wanted)], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,9 @@ def compile_pipeline(
     """Compile a pipeline by name and check it.
 
     Args:
-        installation: node pools, secrets and images of the cluster that the package is for; `image` wins over its image.
-        image: image put in the place of the one named in the source, e.g. ``registry/vlmflow@sha256:...``.
+        installation: node pools, secrets and images of the cluster that the package is for.
+        image: image put in the place of the one named in the source, e.g. ``registry/vlmflow@sha256:...``; steps that the
+            installation names an image for keep theirs.
         require_digest: refuse images that are not pinned by digest (platform.md 9.2).
 
     Raises:
@@ -77,12 +78,9 @@ def compile_function(
         if parameter not in parameters:
             raise VlmflowError(f"literals name the parameter '{parameter}', the pipeline has: {sorted(parameters)}")
         parameters[parameter]["literals"] = list(values)
-    if installation is not None:
-        apply(installation, spec, platform)
-    if image:
-        for executor in executors(spec).values():
-            if "container" in executor:
-                executor["container"]["image"] = image
+    if image or installation is not None:
+        asked = installation or Installation.model_validate({})
+        apply(asked.model_copy(update={"image": image or asked.image}), spec, platform)
     # through JSON: no YAML anchors, and integers as integers
     documents = [json.loads(json.dumps(part)) for part in (spec, platform) if part]
     text = yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)

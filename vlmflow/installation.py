@@ -45,6 +45,11 @@ class NodePool(Section):
 SECRETS = ("mlpipeline-minio-artifact", "vlmflow-endpoints", "vlmflow-mlflow", "vlmflow-promoter")
 
 
+# Steps that need no torch run in the image vlmflow-data, a third of the other's size; a test imports them without torch.
+DATA_STEPS = ("clean", "dedup", "finish", "fuse", "groups", "keep", "merge", "promote", "pull")
+OCR_STEPS = ("ocr",)
+
+
 class Installation(Section):
     """What `vlmflow compile --installation` reads. Steps are named as their files in `components/`."""
 
@@ -75,6 +80,15 @@ class Installation(Section):
         """The pool of a step, or None."""
         name = self.steps.get(step, self.default_pool)
         return self.pools[name] if name else None
+
+
+def with_images(asked: Installation | None, image: str, data: str = "", ocr: str = "") -> Installation:
+    """The installation with the images of a release: `image` for all steps but those that `data` and `ocr` are made for.
+    What the installation itself says of a step wins."""
+    asked = asked or Installation.model_validate({})
+    steps = {**dict.fromkeys(DATA_STEPS, data), **dict.fromkeys(OCR_STEPS, ocr)}
+    images = {**{step: name for step, name in steps.items() if name}, **asked.images}
+    return Installation.model_validate({**asked.model_dump(), "image": image or asked.image, "images": images})
 
 
 def from_environment() -> Installation | None:

@@ -22,7 +22,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--model", action="append", default=[], help="model NAME: NAME and NAME-candidates, with rights and webhook"
     )
-    made.add_argument("--image", help="image that the pipelines' steps run in")
+    made.add_argument("--image", default="", help="image that the pipelines' steps run in")
+    made.add_argument("--data-image", default="", help="image of the steps that need no torch")
+    made.add_argument("--ocr-image", default="", help="image of the step ocr")
     return made
 
 
@@ -37,16 +39,16 @@ def buckets(names: list[str]) -> str:
     return f"{', '.join(names) or 'none'} writable"
 
 
-def pipelines(names: list[str], image: str | None) -> str:
-    """Every pipeline is registered in its current version. Raises ServiceError."""
+def pipelines(names: list[str], image: str, data: str = "", ocr: str = "") -> str:
+    """Every pipeline is registered in its current version, its steps in these images. Raises ServiceError."""
     from vlmflow import compiler, installation, kfp_api
 
-    asked = installation.from_environment()
+    asked = installation.with_images(installation.from_environment(), image, data, ocr)
     kfp = kfp_api.connect(os.environ.get("VLMFLOW_KFP_ENDPOINT", ""), os.environ.get("VLMFLOW_KFP_TOKEN", ""))
     said = []
     with tempfile.TemporaryDirectory(prefix="vlmflow-packages-") as folder:
         for name in names:
-            package = compiler.compile_pipeline(name, image, installation=asked)
+            package = compiler.compile_pipeline(name, installation=asked)
             _, _, new = kfp_api.register(kfp, name, package.text, Path(folder))
             said.append(f"{name} ({'new version' if new else 'unchanged'})")
     return ", ".join(said) or "none"
@@ -90,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     parts: list[tuple[str, Callable[[], str]]] = [
         ("store", lambda: buckets(args.bucket)),
-        ("pipelines", lambda: pipelines(args.pipeline, args.image)),
+        ("pipelines", lambda: pipelines(args.pipeline, args.image, args.data_image, args.ocr_image)),
     ]
     if args.model:
         parts.append(("registry", lambda: registry(args.model)))
