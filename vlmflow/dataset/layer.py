@@ -7,8 +7,6 @@ costs one shard at most.
 
 from __future__ import annotations
 
-import io
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,110 +14,25 @@ from typing import TYPE_CHECKING, Any
 
 from vlmflow import storage
 from vlmflow.dataset.manifest import LayerPart, LayerRef, Lineage, Manifest, ShardRef, save
+from vlmflow.dataset.part import (
+    Row,
+    conform,
+    find_part,
+    read_columns,
+    read_part,
+    write_part,
+    write_table,
+)
 from vlmflow.dataset.shard import ShardReader
-from vlmflow.digest import digest, sha256_bytes
+from vlmflow.digest import digest
 from vlmflow.errors import DataError, StepFailed
 
 if TYPE_CHECKING:
     from vlmflow.step import Context
 
-Row = dict[str, Any]
+__all__ = ["add_layer", "read_columns", "read_layer", "read_part", "seal_columns", "seal_layer", "write_part"]
+
 Compute = Callable[[ShardReader, dict[str, dict[str, Row]]], Iterable[Row]]
-_ROWS_HASH = b"vlmflow.rows.sha256"
-SCHEMA_TYPES = ("str", "int", "float", "bool", "list<str>", "list<int>", "list<float>", "json")
-
-
-def _arrow_schema(schema: Mapping[str, str]) -> Any:
-    import pyarrow as pa
-
-    types = {
-        "str": pa.string(),
-        "int": pa.int64(),
-        "float": pa.float64(),
-        "bool": pa.bool_(),
-        "list<str>": pa.list_(pa.string()),
-        "list<int>": pa.list_(pa.int32()),
-        "list<float>": pa.list_(pa.float64()),
-        "json": pa.string(),
-    }
-    if unknown := sorted(set(schema.values()) - set(types)):
-        raise DataError(f"layer column types {unknown} are not known; use one of {list(types)}")
-    columns = {"key": "str", **schema, "error": "str"}
-    kinds = json.dumps({name: kind for name, kind in columns.items() if kind == "json"}, sort_keys=True)
-    return pa.schema([(name, types[kind]) for name, kind in columns.items()], metadata={"vlmflow.kinds": kinds})
-
-
-def write_part(uri: str, rows: list[Row], schema: Mapping[str, str]) -> LayerPart:
-    """Write one part whole or not at all; equal rows give equal bytes.
-
-    Raises:
-        DataError: a row with a column that the schema lacks.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    arrow = _arrow_schema(schema)
-    for row in rows:
-        if extra := sorted(set(row) - set(arrow.names)):
-            raise DataError(
-                f"{uri}: row '{row.get('key')}' has columns {extra} that the layer's schema lacks: {arrow.names}"
-            )
-    json_columns = [name for name, kind in schema.items() if kind == "json"]
-
-    def cell(row: Row, name: str) -> Any:
-        value = row.get(name)
-        return (
-            json.dumps(value, sort_keys=True, ensure_ascii=False)
-            if name in json_columns and value is not None
-            else value
-        )
-
-    table = pa.table({name: [cell(row, name) for row in rows] for name in arrow.names}, schema=arrow)
-    table = table.replace_schema_metadata({**arrow.metadata, _ROWS_HASH: _hash(table)})
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
-    data = buffer.getvalue()
-    storage.write_bytes(uri, data)
-    return LayerPart(uri=uri, sha256=sha256_bytes(data), rows=len(rows), failed=sum(bool(r.get("error")) for r in rows))
-
-
-def _hash(table: Any) -> bytes:
-    """Hash of a part's rows as they are stored; it stands in the part, which may be found again before a manifest is."""
-    return sha256_bytes(json.dumps(table.to_pylist(), sort_keys=True, ensure_ascii=False).encode()).encode()
-
-
-def _rows(data: bytes, uri: str, verify: bool = False) -> list[Row]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(
-            f"{uri}: {len(data)} bytes that are not whole Parquet ({error}); delete it and run the step again"
-        ) from error
-    if verify and (table.schema.metadata or {}).get(_ROWS_HASH) != _hash(table):
-        raise DataError(f"{uri}: its rows are not those that were written; delete it and run the step again")
-    kinds = json.loads((table.schema.metadata or {}).get(b"vlmflow.kinds", b"{}"))
-    rows = table.to_pylist()
-    for name in kinds:
-        for row in rows:
-            if row[name] is not None:
-                row[name] = json.loads(row[name])
-    return rows
-
-
-def read_part(part: LayerPart, scratch: Any = None) -> dict[str, Row]:
-    """Rows of one part by key; the part's hash is verified. Raises DataError when it was changed or cut."""
-    path = storage.cached(part.uri, part.sha256, scratch)
-    return {row["key"]: row for row in _rows(path.read_bytes(), part.uri)}
-
-
-def read_columns(part: LayerPart, scratch: Any = None) -> Any:
-    """One part as a pyarrow Table, rows in shard order, for readers that want columns; the part's hash is verified."""
-    import pyarrow.parquet as pq
-
-    return pq.read_table(storage.cached(part.uri, part.sha256, scratch))
 
 
 def read_layer(manifest: Manifest, name: str, scratch: Any = None) -> dict[str, Row]:
@@ -136,21 +49,6 @@ def _layer_digest(
 
 def _part_uri(root: str, name: str, layer_digest: str, shard: ShardRef) -> str:
     return storage.join(root, "layers", name, layer_digest[:24], f"{shard.sha256[:24]}.parquet")
-
-
-def _finished(uri: str, shard: ShardRef) -> LayerPart | None:
-    """The part of an earlier run, or None; a damaged one is removed so that it is computed again."""
-    if not storage.exists(uri):
-        return None
-    data = storage.read_bytes(uri)
-    try:
-        rows = _rows(data, uri, verify=True)
-    except (DataError, ValueError, KeyError):
-        rows = []
-    if len(rows) != shard.samples:
-        storage.delete(uri)
-        return None
-    return LayerPart(uri=uri, sha256=sha256_bytes(data), rows=len(rows), failed=sum(bool(r["error"]) for r in rows))
 
 
 def add_layer(
@@ -190,7 +88,7 @@ def add_layer(
     def one(position: int) -> LayerPart:
         shard = manifest.shards[position]
         uri = _part_uri(ctx.root, name, layer_digest, shard)
-        part = _finished(uri, shard)
+        part = find_part(uri, shard.samples)
         if part is None:
             reader = ShardReader(shard, ctx.scratch)
             upstream = {read: read_part(manifest.layers[read].parts[position], ctx.scratch) for read in reads}
@@ -222,33 +120,104 @@ def seal_layer(
     reads: Iterable[str] = (),
     summary: dict[str, Any] | None = None,
 ) -> Manifest:
-    """Write a layer whose rows were computed over all shards at once (a global ranking); ``rows`` by sample key."""
-    layer_digest = _layer_digest(
-        manifest, name, {**params, "manifest": [s.sha256 for s in manifest.shards]}, version, schema, reads
-    )
-    parts = []
-    for shard in manifest.shards:
-        reader = ShardReader(shard, ctx.scratch)
-        mine = [rows[key] for key in reader.keys() if key in rows]
-        parts.append(write_part(_part_uri(ctx.root, name, layer_digest, shard), _in_order(mine, reader, name), schema))
-    return _seal(
-        ctx, manifest, name, LayerRef(step=name, digest=layer_digest, params=params, parts=parts, summary=summary or {})
-    )
+    """Write a layer whose rows were computed over all shards at once (a global ranking); ``rows`` by sample key.
+
+    For datasets of any size use `seal_columns`: here every row is a dict in memory.
+    """
+
+    def parts(place: Callable[[ShardRef], str]) -> Iterator[LayerPart]:
+        for shard in manifest.shards:
+            reader = ShardReader(shard, ctx.scratch)
+            mine = [rows[key] for key in reader.keys() if key in rows]
+            yield write_part(place(shard), _in_order(mine, reader, name), schema)
+
+    return _seal_global(ctx, manifest, name, params, version, schema, reads, parts, summary)
+
+
+def seal_columns(
+    ctx: Context,
+    manifest: Manifest,
+    name: str,
+    *,
+    params: dict[str, Any],
+    version: int,
+    schema: Mapping[str, str],
+    parts: Iterable[Any],
+    reads: Iterable[str] = (),
+    summary: dict[str, Any] | Callable[[Manifest], dict[str, Any]] | None = None,
+) -> Manifest:
+    """Write a layer that was computed over all shards at once, from one pyarrow Table a shard; one is held at a time.
+
+    Args:
+        parts: Tables in the order of the shards, rows in the order of their samples, with ``key`` and the columns of
+            ``schema``; an absent column (``error``) is null. ``json`` columns hold text (keys sorted).
+        summary: or a function of the manifest with the layer, called after the last part was written.
+
+    Raises:
+        DataError: Tables or keys that are not those of the shards, or columns that do not fit the schema.
+    """
+    tables = iter(parts)
+
+    def written(place: Callable[[ShardRef], str]) -> Iterator[LayerPart]:
+        for number, shard in enumerate(manifest.shards):
+            table = next(tables, None)
+            if table is None:
+                raise DataError(
+                    f"step '{name}': {number} Tables for {len(manifest.shards)} shards; one a shard is needed. This is a "
+                    "defect of the step."
+                )
+            _check_keys(table["key"].to_pylist(), ShardReader(shard, ctx.scratch), name)
+            yield write_table(place(shard), conform(table, schema, f"step '{name}' on {shard.uri}"))
+        if next(tables, None) is not None:
+            raise DataError(f"step '{name}': more Tables than the {len(manifest.shards)} shards; a defect of the step")
+
+    return _seal_global(ctx, manifest, name, params, version, schema, reads, written, summary)
+
+
+def _seal_global(
+    ctx: Context,
+    manifest: Manifest,
+    name: str,
+    params: dict[str, Any],
+    version: int,
+    schema: Mapping[str, str],
+    reads: Iterable[str],
+    write: Callable[[Callable[[ShardRef], str]], Iterable[LayerPart]],
+    summary: dict[str, Any] | Callable[[Manifest], dict[str, Any]] | None,
+) -> Manifest:
+    """Write parts that depend on all shards, so their digest does too, and seal."""
+    over = {**params, "manifest": [shard.sha256 for shard in manifest.shards]}
+    layer_digest = _layer_digest(manifest, name, over, version, schema, reads)
+    parts = list(write(lambda shard: _part_uri(ctx.root, name, layer_digest, shard)))
+    layer = LayerRef(step=name, digest=layer_digest, params=params, parts=parts)
+    about = summary(_with_layer(manifest, name, layer)) if callable(summary) else summary or {}
+    return _seal(ctx, manifest, name, layer.model_copy(update={"summary": about}))
 
 
 def _in_order(rows: Iterable[Row], reader: ShardReader, name: str) -> list[Row]:
     by_key = {row["key"]: row for row in rows}
     keys = reader.keys()
-    if missing := [key for key in keys if key not in by_key]:
+    if by_key.keys() != set(keys):
+        _check_keys(list(by_key), reader, name)
+    return [by_key[key] for key in keys]
+
+
+def _check_keys(found: list[str], reader: ShardReader, name: str) -> None:
+    """Raise DataError unless a step's keys are those of the shard, in its order."""
+    keys = reader.keys()
+    if found == keys:
+        return
+    known, wanted = set(found), set(keys)
+    if missing := [key for key in keys if key not in known]:
         raise DataError(
             f"step '{name}' on {reader.uri}: {len(missing)} of {len(keys)} samples have no row, the first is '{missing[0]}'. "
             "A step must give every sample a row, with an error where it failed; this is a defect of the step."
         )
-    if extra := sorted(set(by_key) - set(keys)):
+    if extra := sorted(known - wanted):
         raise DataError(
             f"step '{name}' on {reader.uri}: rows for samples that the shard does not hold, e.g. '{extra[0]}'"
         )
-    return [by_key[key] for key in keys]
+    raise DataError(f"step '{name}' on {reader.uri}: keys repeat or stand in another order than in the shard")
 
 
 def _seal(ctx: Context, manifest: Manifest, name: str, layer: LayerRef) -> Manifest:
@@ -267,7 +236,9 @@ def failures(manifest: Manifest, name: str, scratch: Any = None) -> Iterator[tup
     """(key, reason) of every failed row of a layer; parts without failures are not read."""
     for part in manifest.layer(name).parts:
         if part.failed:
-            yield from ((key, row["error"]) for key, row in read_part(part, scratch).items() if row["error"])
+            table = read_columns(part, scratch, ["key", "error"])
+            pairs = zip(table["key"].to_pylist(), table["error"].to_pylist(), strict=True)
+            yield from ((key, reason) for key, reason in pairs if reason)
 
 
 def check_failures(manifest: Manifest, name: str, limit: float, scratch: Any = None) -> None:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import tarfile
+import weakref
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -128,10 +130,15 @@ class ShardReader:
         """Sample keys in shard order."""
         return list(self.index)
 
+    @cached_property
+    def _file(self) -> int:
+        """The open tar: one descriptor for all reads, closed with the reader."""
+        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, file)
+        return file
+
     def _bytes(self, offset: int, length: int) -> bytes:
-        with open(self.path, "rb") as file:
-            file.seek(offset)
-            return file.read(length)
+        return os.pread(self._file, length, offset)  # no shared position: safe from several threads
 
     def _member(self, key: str, name: str) -> bytes:
         offset, length = self.index[key][name]
@@ -142,6 +149,10 @@ class ShardReader:
                 "Delete it and run the step that made it again."
             )
         return data
+
+    def raw(self, key: str) -> dict[str, bytes]:
+        """Stored bytes of a sample by member name (``jpg``, ``0.png``, ``json``), in their order; nothing is parsed."""
+        return {name: self._member(key, name) for name in self.index[key]}
 
     def meta(self, key: str) -> dict[str, Any]:
         """The sample's JSON, without touching its images."""
