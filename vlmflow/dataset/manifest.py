@@ -9,7 +9,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+)
 
 from vlmflow import storage
 from vlmflow.digest import digest
@@ -21,13 +28,36 @@ class _Frozen(BaseModel):
 
 
 class ShardRef(_Frozen):
-    """One tar: where, its hash, size in bytes, number of samples and the data source it came from."""
+    """One tar: where, its hash, size in bytes, number of samples and the data source it came from.
+
+    A tar that was adopted where it lay (`curation.adopt`) also names what we wrote about it: ``index`` (URI of the offsets),
+    ``meta`` (URI of the samples' JSON, one a line, which the index's "json" members point into) and ``tar_sha256``. Its
+    ``sha256``, the shard's identity everywhere, then covers all three, because equal tars may be adopted with other texts.
+    """
 
     uri: str
     sha256: str
     bytes: int
     samples: int
     source: str
+    index: str | None = None
+    meta: str | None = None
+    tar_sha256: str | None = None
+
+    @property
+    def content(self) -> str:
+        """sha256 of the tar's bytes."""
+        return self.tar_sha256 or self.sha256
+
+    @model_serializer(mode="wrap")
+    def _without_none(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Fields of adopted tars are absent from others, whose manifests keep their digest."""
+        return {name: value for name, value in dump(self).items() if value is not None}
+
+
+def adopted_identity(tar_sha256: str, meta_sha256: str, index_sha256: str) -> str:
+    """The identity of an adopted tar, from the hashes of its bytes, metas and index."""
+    return digest({"tar": tar_sha256, "meta": meta_sha256, "index": index_sha256})
 
 
 class LayerPart(_Frozen):

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from vlmflow import storage
-from vlmflow.dataset.manifest import ShardRef
+from vlmflow.dataset.manifest import ShardRef, adopted_identity
 from vlmflow.dataset.sample import IMAGE_EXTENSIONS, Sample
-from vlmflow.digest import canonical, sha256_file
+from vlmflow.digest import canonical, sha256_bytes, sha256_file
 from vlmflow.errors import DataError
 from vlmflow.storage_file import write_atomically
 
@@ -103,25 +103,48 @@ class ShardReader:
     def __init__(self, shard: ShardRef | str | Path, scratch: str | Path | None = None) -> None:
         ref = shard if isinstance(shard, ShardRef) else None
         self.uri = ref.uri if ref else str(shard)
-        self._sha256, self._scratch = ref.sha256 if ref else None, scratch
-        index = storage.cached(self.uri + INDEX_SUFFIX, None, scratch, belongs_to=self._sha256)
+        self._ref, self._scratch = ref, scratch
+        self.index_uri = (ref and ref.index) or self.uri + INDEX_SUFFIX
+        index = storage.cached(self.index_uri, None, scratch, belongs_to=ref and ref.sha256)
         try:
             self.index: dict[str, dict[str, list[int]]] = json.loads(index.read_bytes())
         except ValueError as error:
             raise DataError(
-                f"{self.uri}{INDEX_SUFFIX} holds {index.stat().st_size} bytes that are not JSON ({error}): it was cut or changed. "
+                f"{self.index_uri} holds {index.stat().st_size} bytes that are not JSON ({error}): it was cut or changed. "
                 "Delete it and run the step that made the shard again (for pulled shards, pull)."
             ) from error
         if ref and len(self.index) != ref.samples:
             raise DataError(
-                f"{self.uri}: the index lists {len(self.index)} samples but the manifest says {ref.samples}; "
-                "delete the shard and its index and run the step that made them again"
+                f"{self.index_uri} lists {len(self.index)} samples but the manifest says {ref.samples}; delete it"
+                f"{'' if ref.meta else ' and its shard'} and run the step that made it again"
             )
 
     @cached_property
     def path(self) -> Path:
         """The tar on local disk, fetched and verified when first needed: keys come from the index alone."""
-        return storage.cached(self.uri, self._sha256, self._scratch)
+        try:
+            return storage.cached(self.uri, self._ref and self._ref.content, self._scratch)
+        except DataError as error:
+            if self._ref and self._ref.meta:  # somebody else's file: nothing of ours to delete
+                raise DataError(
+                    f"{self.uri} was changed or cut after it was adopted: its sha256 is no longer {self._ref.content[:16]}…, so "
+                    "our index points at other bytes. Run pull again to adopt it as it is now, or put the old tar back."
+                ) from error
+            raise
+
+    @cached_property
+    def _metas(self) -> bytes:
+        """The samples' JSON of an adopted tar, verified together with its index."""
+        ref = self._ref
+        assert ref is not None and ref.meta is not None and ref.index is not None
+        data = storage.cached(ref.meta, None, self._scratch, belongs_to=ref.sha256).read_bytes()
+        index = storage.cached(ref.index, None, self._scratch, belongs_to=ref.sha256).read_bytes()
+        if adopted_identity(ref.content, sha256_bytes(data), sha256_bytes(index)) != ref.sha256:
+            raise DataError(
+                f"{self.uri}: {ref.meta} or {ref.index} are not what was written when the tar was adopted; delete both and "
+                "run pull again"
+            )
+        return data
 
     def __len__(self) -> int:
         return len(self.index)
@@ -142,6 +165,8 @@ class ShardReader:
 
     def _member(self, key: str, name: str) -> bytes:
         offset, length = self.index[key][name]
+        if name == "json" and self._ref and self._ref.meta:
+            return self._metas[offset : offset + length]
         data = self._bytes(offset, length)
         if len(data) != length:
             raise DataError(

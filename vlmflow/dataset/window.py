@@ -61,11 +61,13 @@ class Lease:
 class LeasedShard(ShardReader):
     """A shard's samples, read through a lease.
 
-    Raises: as `ShardReader`; a store that fails for a moment is asked again for the index.
+    Raises: as `ShardReader`; a store that fails for a moment is asked again for the index and an adopted tar's metas.
     """
 
     def __init__(self, shard: ShardRef, lease: Lease, scratch: str | Path | None = None) -> None:
         retried(lambda: ShardReader.__init__(self, shard, scratch))
+        if shard.meta:
+            retried(lambda: self._metas)
         self.lease = lease
 
     def _bytes(self, offset: int, length: int) -> bytes:
@@ -144,12 +146,12 @@ class Window:
         """
         local = storage.local_path(shard.uri)
         if local is not None:
-            if shard.sha256 not in self._verified:
-                storage.cached(shard.uri, shard.sha256)
-                self._verified.add(shard.sha256)
+            if shard.content not in self._verified:
+                storage.cached(shard.uri, shard.content)
+                self._verified.add(shard.content)
             with translated(shard.uri):
                 return Lease(local, FileIO(local))
-        path = self.folder / f"{shard.sha256}.tar"
+        path = self.folder / f"{shard.content}.tar"
         while True:
             if (found := self._open(path)) is not None:
                 return found
@@ -172,7 +174,7 @@ class Window:
     @contextmanager
     def _turn(self, shard: ShardRef) -> Iterator[None]:
         """One at a time downloads a shard; for the others it is there when their turn comes."""
-        name = self.folder / f"{shard.sha256}.lock"
+        name = self.folder / f"{shard.content}.lock"
         with translated(str(name)):
             file = os.open(name, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -194,11 +196,11 @@ class Window:
             for attempt in range(2):  # an object that was replaced while it was read is read once more
                 arriving.unlink(missing_ok=True)
                 self._fill(shard, arriving)
-                if (found := sha256_file(arriving)) == shard.sha256:
+                if (found := sha256_file(arriving)) == shard.content:
                     break
                 if attempt:
                     raise DataError(
-                        f"{shard.uri} has sha256 {found[:16]}… but {shard.sha256[:16]}… was recorded when it was made: it was "
+                        f"{shard.uri} has sha256 {found[:16]}… but {shard.content[:16]}… was recorded when it was made: it was "
                         "changed in the store. Run the step that made it again (for pulled shards, pull)."
                     )
             os.replace(arriving, path)
