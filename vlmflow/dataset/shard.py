@@ -105,7 +105,7 @@ class ShardReader:
         self.uri = ref.uri if ref else str(shard)
         self._ref, self._scratch = ref, scratch
         self.index_uri = (ref and ref.index) or self.uri + INDEX_SUFFIX
-        index = storage.cached(self.index_uri, None, scratch, belongs_to=ref and ref.sha256)
+        index = storage.cached(self.index_uri, None, scratch, belongs_to=ref.sha256 if ref else None)
         try:
             self.index: dict[str, dict[str, list[int]]] = json.loads(index.read_bytes())
         except ValueError as error:
@@ -123,7 +123,7 @@ class ShardReader:
     def path(self) -> Path:
         """The tar on local disk, fetched and verified when first needed: keys come from the index alone."""
         try:
-            return storage.cached(self.uri, self._ref and self._ref.content, self._scratch)
+            return storage.cached(self.uri, self._ref.content if self._ref else None, self._scratch)
         except DataError as error:
             if self._ref and self._ref.meta:  # somebody else's file: nothing of ours to delete
                 raise DataError(
