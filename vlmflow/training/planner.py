@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from vlmflow.errors import DataError
 from vlmflow.training import packing
+from vlmflow.training.examples import KINDS
 from vlmflow.training.flops import CostModel
 from vlmflow.training.mixture import Mixer
 from vlmflow.training.packing import Packer
@@ -164,6 +165,7 @@ def _report(plan: Plan, examples: Examples, stage: StageSpec, dropped: list[Drop
     kinds: dict[str, dict[int, str]] = {}
     for drop in dropped:
         kinds.setdefault(drop.kind, {}).setdefault(drop.example, drop.reason)
+    joined = np.array([KINDS[use.text].joined for use in examples.uses], dtype=bool)
     ingredients = []
     for number, use in enumerate(examples.uses):
         mine = items["use"] == number
@@ -189,7 +191,8 @@ def _report(plan: Plan, examples: Examples, stage: StageSpec, dropped: list[Drop
         "fill_tokens": round(float(tokens.mean() / stage.budget.tokens), 4),
         "fill_tiles": round(float(plan.pack_tiles.mean() / stage.budget.tiles), 4),
         "padding": 0.0,  # packs are laid end to end: no pad token exists
-        "split": int((items["first"] >= 0).sum()),
+        # a pair is an item of its own, not a stretch of a conversation
+        "split": int(((items["first"] >= 0) & joined[items["use"]]).sum()),
         "dropped": losing,
         "dropped_share": round(losing / max(1, len(examples)), 4),
         "dropped_reasons": [

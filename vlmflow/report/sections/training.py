@@ -45,6 +45,14 @@ def section(page: Page) -> Safe:
     return join(parts)
 
 
+def _unit(page: Page, stage: str) -> str:
+    """What the loss of a stage counts by: its objective says."""
+    recipe = page.ctx.recipe
+    spec = recipe.bootstrap if stage == "bootstrap" else recipe.stages.get(stage)
+    dpo = spec is not None and spec.objective.kind == "dpo"
+    return "loss per pair of answers" if dpo else "loss per target token, nats"
+
+
 def _stage(page: Page, name: str, stage: str, log: list[dict[str, Any]]) -> Safe:
     title = _STAGES.get(name) or (f"Stage 3, candidate {name}" if stage == "sft" else f"{stage} {name}".strip())
     parts: list[Safe] = [el("h3", title)]
@@ -62,7 +70,7 @@ def _stage(page: Page, name: str, stage: str, log: list[dict[str, Any]]) -> Safe
     parts.append(
         el(
             "div",
-            el("div", charts.lines({"each step": loss, "mean": smooth(loss)}, "loss per target token, nats", faint="each step"),
+            el("div", charts.lines({"each step": loss, "mean": smooth(loss)}, _unit(page, stage), faint="each step"),
                charts.legend(["each step", "running mean"], ["s0 faint", "s0"])),
             el("div", charts.lines(rates, "learning rate"), charts.legend(list(rates))) if rates else "",
             cls="pair",
