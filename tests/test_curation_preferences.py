@@ -91,4 +91,4 @@ def test_columns_survive_a_resolved_recipe() -> None:
     written = SourceSpec(table="t.parquet", preferences_column={"prompt": "question"})
     assert pull.columns_of(written).preferences == ("question", "chosen", "rejected")
     assert pull.columns_of(SourceSpec.model_validate(written.model_dump())) == pull.columns_of(written)
-    assert pull.columns_of(written).text_optional
+    assert "text" in pull.columns_of(written).optional

@@ -17,6 +17,7 @@ from curation_server import picture, serving
 
 from vlmflow.curation import pull
 from vlmflow.curation.pull_shard import read_failures
+from vlmflow.curation.table import columns_of
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.dataset.shard import ShardReader
 from vlmflow.errors import DataError, RecipeError, StepFailed
@@ -331,5 +332,5 @@ def test_a_resolved_recipe_asks_for_no_other_columns_than_the_written_one():
     """`dump` spells out every default; a table of conversations without a text column must stay fine."""
     written = SourceSpec(table="t.parquet", conversations_column="conversations")
     resolved = SourceSpec.model_validate(written.model_dump())
-    assert pull.columns_of(resolved) == pull.columns_of(written)
-    assert pull.columns_of(resolved).text_optional
+    assert columns_of(resolved) == columns_of(written)
+    assert columns_of(resolved).optional == {"text"}

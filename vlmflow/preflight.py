@@ -177,8 +177,7 @@ def _scratch(ctx: Context) -> list[tuple[str, str]]:
 
 
 def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, candidate: str) -> list[tuple[str, str]]:
-    from vlmflow.curation.pull import columns_of
-    from vlmflow.curation.table import check_columns, localize
+    from vlmflow.curation.table import check_columns, columns_of, localize
     from vlmflow.evaluation.table_file import local_table
     from vlmflow.evaluation.tsv import Table
 
@@ -199,7 +198,7 @@ def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, cand
                 continue
             with _named(f"{field}.table"):
                 path = localize(source.table or "", ctx.scratch, allow)
-            check_columns(path, columns_of(source), field, source.table or "")
+            check_columns(path, columns_of(source), field)
     for name, benchmark in benchmarks.items():
         field = f"evaluation.benchmarks.{name}.table"
         if _size(field, benchmark.table, allow) > OPENED_BYTES:

@@ -34,6 +34,7 @@ class Store(Protocol):
     """What a scheme must offer; paths are the part of the URI after the scheme."""
 
     def size(self, uri: str) -> int: ...
+    def stamp(self, uri: str) -> str: ...
     def read(self, uri: str, offset: int, length: int | None) -> bytes: ...
     def write(self, uri: str, data: bytes) -> None: ...
     def put(self, path: Path, uri: str) -> None: ...
@@ -72,6 +73,11 @@ def join(uri: str | Path, *parts: str) -> str:
 def size(uri: str) -> int:
     """Bytes of an object. Raises NotFound when there is none."""
     return _store(uri).size(uri)
+
+
+def stamp(uri: str) -> str:
+    """What changes whenever an object does, as its store knows it (ETag, times), without reading it. Raises NotFound."""
+    return _store(uri).stamp(uri)
 
 
 def exists(uri: str) -> bool:

@@ -108,6 +108,11 @@ class FileStore:
                 raise OSError(errno.EISDIR, "is a folder")
             return path.stat().st_size
 
+    def stamp(self, uri: str) -> str:
+        with translated(uri):
+            about = self._path(uri).stat()
+        return f"{about.st_size}-{about.st_mtime_ns}-{about.st_ctime_ns}-{about.st_ino}"
+
     def read(self, uri: str, offset: int, length: int | None) -> bytes:
         with translated(uri), open(self._path(uri), "rb") as file:
             file.seek(offset)

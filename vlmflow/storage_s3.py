@@ -143,6 +143,12 @@ class S3Store:
         with self._translated(uri):
             return self.client.stat_object(bucket, key).size or 0
 
+    def stamp(self, uri: str) -> str:
+        bucket, key = self._split(uri)
+        with self._translated(uri):
+            about = self.client.stat_object(bucket, key)
+        return f"{about.size}-{about.etag}-{about.last_modified.isoformat() if about.last_modified else ''}"
+
     def read(self, uri: str, offset: int, length: int | None) -> bytes:
         from minio.error import MinioException
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.fetch import Fetcher, Limits, is_transient
 from vlmflow.curation.pull_shard import Plan, Result, ShardPuller
-from vlmflow.curation.table import Columns, Row, check_columns, count_rows, localize, read_rows
+from vlmflow.curation.table import Row, check_columns, columns_of, count_rows, localize, read_rows
 from vlmflow.dataset.manifest import Lineage, Manifest, save
 from vlmflow.digest import digest
 from vlmflow.errors import DataError, RecipeError, StepFailed
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 VERSION = 1  # raise when the same rows and limits would give other shards
 AHEAD = 3  # shards in flight, so that a slow row of one does not idle the connections
-DEFAULT_TEXT = "text"
 DECODERS = 4  # threads that check images; Pillow releases the interpreter lock while it decodes
 
 
@@ -51,7 +50,7 @@ def run(ctx: Context, dataset: str) -> Manifest:
     allow = frozenset(host.lower() for host in pull.allow_hosts)
     paths = {name: localize(source.table or "", ctx.scratch, allow) for name, source in sources.items()}
     for name, source in sources.items():  # all of them before anything is fetched
-        check_columns(paths[name], columns_of(source), f"data.{dataset}.sources.{name}", source.table or "")
+        check_columns(paths[name], columns_of(source), f"data.{dataset}.sources.{name}")
     total = sum(count_rows(path) for path in paths.values())
     if not total:
         raise DataError(
@@ -65,7 +64,7 @@ def run(ctx: Context, dataset: str) -> Manifest:
     try:
         with ctx.progress(f"pull {dataset}", total, "rows") as progress:
             for name, source in sources.items():
-                rows = read_rows(paths[name], columns_of(source), f"data.{dataset}.sources.{name}", source.table or "")
+                rows = read_rows(paths[name], columns_of(source), f"data.{dataset}.sources.{name}")
                 puller = ShardPuller(ctx.root, name, source.licence, pull.max_pixels, held, pull.failure_limit)
                 plans = _plans(rows, name, pull.samples_per_shard, {**params, "licence": source.licence})
                 asyncio.run(_pull(puller, plans, _limits(pull, allow), tally, progress, results))
@@ -106,19 +105,6 @@ def _limits(pull: Any, allow: frozenset[str]) -> Limits:
         allow_hosts=allow,
         user_agent=pull.user_agent,
     )
-
-
-def columns_of(source: Any) -> Columns:
-    """Which columns a source of the recipe names; beside conversations or preferences, a text column of the default name
-    may be absent.
-
-    By its name, not by whether it was written: a resolved recipe spells out every default.
-    """
-    talk, pairs = source.conversations_column, source.preferences_column
-    if pairs is not None and not isinstance(pairs, str):
-        pairs = (pairs.prompt, pairs.chosen, pairs.rejected)
-    unnamed = (talk or pairs) is not None and source.text_column == DEFAULT_TEXT
-    return Columns(source.url_column, source.text_column, talk, pairs, source.id_column, unnamed)
 
 
 def _plans(rows: Iterator[Row], source: str, size: int, params: dict[str, Any]) -> Iterator[Plan]:

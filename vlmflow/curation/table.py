@@ -1,4 +1,4 @@
-"""Input tables: rows of URLs and text from Parquet, CSV, TSV, JSON or JSON lines, at any URI.
+"""Input tables: rows of URLs, images and text, whatever files they lie in.
 
 Tables come from other people's pipelines, so what is wrong with them is said precisely (the column that is missing, those
 that are there, the recipe field to change), and a single bad row never stops a table: it becomes a `Row` with a `problem`,
@@ -7,47 +7,51 @@ which the puller counts like any other failure. Rows are streamed; a table of 20
 
 from __future__ import annotations
 
-import csv
-import gzip
 import json
 import math
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import chain, islice
-from pathlib import Path
+from itertools import islice
 from typing import Any
-from urllib.parse import urlsplit
 
-from vlmflow import storage
+from vlmflow.curation import table_files
+from vlmflow.curation.cells import Cell, Cells, address, images_of
+from vlmflow.curation.table_files import Table, check_host, count_rows, localize
 from vlmflow.curation.turns import conversations, preferences
 from vlmflow.digest import digest
-from vlmflow.errors import DataError, ServiceError
+from vlmflow.errors import DataError
 
-FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
-MAX_TABLE_BYTES = 4 << 30  # of a table that is fetched over HTTP
+__all__ = ["Columns", "Row", "check_columns", "check_host", "columns_of", "count_rows", "localize", "read_rows", "row_of"]
+
+DEFAULT_URL, DEFAULT_TEXT = "url", "text"
 _PEEK = 1000  # records of a JSON table looked at to learn its columns
-_KINDS = ("url", "text", "conversations", "preferences", "id")
+_KINDS = ("url", "image", "text", "conversations", "preferences", "id")
 
 
 @dataclass(frozen=True)
 class Columns:
     """Which column of a table holds what; None where the table has no such thing.
 
-    `preferences` is one column of pairs, or the three columns of prompt, chosen and rejected.
+    `preferences` is one column of pairs, or the three columns of prompt, chosen and rejected. Kinds in `optional` may be
+    absent, because nobody named their columns.
     """
 
     url: str | None = "url"
+    image: str | None = None
     text: str | None = None
     conversations: str | None = None
     preferences: str | tuple[str, str, str] | None = None
     id: str | None = None
-    text_optional: bool = False  # nobody named the text column, so a table without one is fine
+    optional: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row. `index` counts from 0 over the table; `problem` says why the row cannot become a sample."""
+    """One row. `index` counts from 0 over the table; `problem` says why the row cannot become a sample.
+
+    `urls` is how the puller asks for the images. Of images that the table holds itself these are names made of their bytes'
+    hashes; `cells` then are the bytes (None where nobody wants them), and `shown` what a person may call them.
+    """
 
     index: int
     urls: tuple[str, ...] = ()
@@ -57,108 +61,84 @@ class Row:
     id: str | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     problem: tuple[str, str] | None = None  # (reason code, detail)
+    shown: tuple[str | None, ...] | None = None
+    cells: tuple[Cell, ...] = field(default=(), compare=False, repr=False)
 
     @property
     def fingerprint(self) -> str:
         """Digest of everything that goes into the sample, without the row's place."""
-        pairs = [] if self.preferences is None else [self.preferences]  # rows without keep the names of older shards
-        return digest([self.urls, self.text, self.conversations, self.id, self.extra, self.problem, *pairs])
+        later = [part for part in (self.preferences, self.shown) if part is not None]  # rows without keep their older names
+        return digest([self.urls, self.text, self.conversations, self.id, self.extra, self.problem, *later])
+
+    @property
+    def names(self) -> tuple[str | None, ...]:
+        """What stands in a sample for the images' URLs."""
+        return self.urls if self.shown is None else self.shown
 
 
-def localize(uri: str, scratch: Path, allow_hosts: frozenset[str] = frozenset()) -> Path:
-    """A local path of a table at file://, s3:// or http(s):// (of a host in `pull.allow_hosts`).
+def columns_of(source: Any) -> Columns:
+    """Which columns a source of the recipe names. Columns of the default names may be absent where something else stands in:
+    text beside conversations, preferences or images in the table, URLs beside images in the table.
 
-    Raises:
-        NotFound: no such object. DataError: a host that is not allowed, or a fetch that failed. ServiceError: no server
-        answers.
+    By their names, not by whether they were written: a resolved recipe spells out every default.
     """
-    local = storage.local_path(uri)
-    if local is not None:
-        storage.size(uri)
-        return local
-    suffix = "".join(Path(urlsplit(uri).path).suffixes[-2:])
-    path = Path(scratch) / "tables" / f"{digest(uri)[:24]}{suffix}"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if urlsplit(uri).scheme not in ("http", "https"):
-        storage.get_file(uri, path)
-        return path
-    check_host(uri, allow_hosts)
-    import asyncio
-
-    from vlmflow.curation.fetch import Fetcher, Limits, is_transient
-
-    async def fetch() -> Any:
-        async with Fetcher(Limits(timeout=600.0, max_bytes=MAX_TABLE_BYTES, allow_hosts=allow_hosts)) as fetcher:
-            return await fetcher.get(uri)
-
-    found = asyncio.run(fetch())
-    if found.data is None:
-        if is_transient(found.reason or ""):
-            raise ServiceError(
-                f"table {uri} could not be fetched: {found.reason} ({found.detail}); no server answers there as it should. "
-                "Start it, or mend the recipe's address, and run the same command again: finished work is kept."
-            )
-        raise DataError(
-            f"table {uri} could not be fetched: {found.reason} ({found.detail}); mend the recipe's address, or put the table there"
-        )
-    storage.write_bytes(str(path), found.data)
-    return path
+    talk, pairs, image = source.conversations_column, source.preferences_column, source.image_column
+    if pairs is not None and not isinstance(pairs, str):
+        pairs = (pairs.prompt, pairs.chosen, pairs.rejected)
+    optional = set()
+    if source.text_column == DEFAULT_TEXT and (talk or pairs or image or source.shards):
+        optional.add("text")
+    if source.url_column == DEFAULT_URL and (image or source.shards):
+        optional.add("url")
+    return Columns(source.url_column, image, source.text_column, talk, pairs, source.id_column, frozenset(optional))
 
 
-def check_host(uri: str, allow_hosts: frozenset[str]) -> None:
-    """Refuse a table over HTTP from a host that the recipe does not name. Raises DataError."""
-    host = (urlsplit(uri).hostname or "").lower()
-    if host not in allow_hosts:
-        raise DataError(
-            f"table {uri}: host '{host}' is not in pull.allow_hosts ({sorted(allow_hosts)}); a table decides what is "
-            "downloaded, so it must come from a named host. Add the host, or copy the table to the store."
-        )
-
-
-def count_rows(path: Path) -> int:
-    """Number of rows of a table; from the footer of a Parquet file, else by reading it once."""
-    if _format(path) == ".parquet":
-        return int(_parquet(path).metadata.num_rows)
-    return sum(1 for _ in _records(path))
-
-
-def read_rows(path: Path, columns: Columns, field_name: str, shown: str = "") -> Iterator[Row]:
-    """All rows of a table in order. `field_name` is where the recipe names the columns, e.g. `data.web.sources.web`;
-    `shown` is the table's address as the user knows it.
+def read_rows(
+    table: Table,
+    columns: Columns,
+    field_name: str,
+    start: int = 0,
+    stop: int | None = None,
+    cells: Cells | None = None,
+) -> Iterator[Row]:
+    """Rows `start` to `stop` of a table, in order. `field_name` is where the recipe names the columns, e.g.
+    `data.web.sources.web`; `cells` keeps the bytes of images in the table for as long as their rows live.
 
     Raises:
         DataError: a named column that the table lacks, an unknown format, a table that cannot be parsed.
     """
-    columns, head, records = _open(path, columns, field_name, shown)
+    columns = _present(table, columns, field_name)
     named = {name for kind in _KINDS for name in _names(columns, kind)}
-    for index, record in enumerate(chain(head, records)):
-        yield _row(index, record, columns, named)
+    found = table_files.records(table, start, stop, [columns.image] if columns.image else [])
+    for index, record in enumerate(found, start):
+        yield row_of(index, record, columns, named, cells)
 
 
-def check_columns(path: Path, columns: Columns, field_name: str, shown: str = "") -> None:
+def check_columns(table: Table, columns: Columns, field_name: str) -> None:
     """Refuse a table that lacks a named column, from its first records; raises what `read_rows` raises."""
-    _open(path, columns, field_name, shown)
+    _present(table, columns, field_name)
 
 
-def _open(path: Path, columns: Columns, field_name: str, shown: str) -> tuple[Columns, list[Any], Iterator[Any]]:
-    """The columns that the table really has, its first records, and the records after them."""
+def _present(table: Table, columns: Columns, field_name: str) -> Columns:
+    """The columns that the table really has."""
     try:
-        records = _records(path)
-        head = list(islice(records, _PEEK))
-        whole = _format(path) == ".parquet"
-        present = _parquet(path).schema_arrow.names if whole else list(dict.fromkeys(chain(*head)))
+        if table.parquet:
+            present = table_files.columns(table)
+        else:
+            present = list(dict.fromkeys(name for record in islice(table_files.records(table), _PEEK) for name in record))
     except DataError as error:
-        raise DataError(f"{field_name}.table: {shown or path}: {error}") from error
-    if columns.text_optional and columns.text not in present:
-        columns = replace(columns, text=None)
+        raise DataError(f"{field_name}.table: {table.uri}: {error}") from error
+    for kind in columns.optional:
+        if getattr(columns, kind) not in present:
+            columns = replace(columns, **{kind: None})
     for kind in _KINDS:
         for name in _names(columns, kind):
-            if name not in present and (head or whole):
+            if name not in present and present:
                 raise DataError(
-                    f"table {shown or path.name} has no column '{name}'; it has {present}. Set {field_name}.{kind}_column to "
+                    f"table {table.uri} has no column '{name}'; it has {present}. Set {field_name}.{kind}_column to "
                     f"the one that holds the {kind}, or to null if there is none."
                 )
-    return columns, head, records
+    return columns
 
 
 def _names(columns: Columns, kind: str) -> tuple[str, ...]:
@@ -176,15 +156,25 @@ def _pairs(record: Mapping[str, Any], columns: Columns) -> Any:
     return dict(zip(("prompt", "chosen", "rejected"), cells, strict=True)) if any(cells) else None
 
 
-def _row(index: int, record: Mapping[str, Any], columns: Columns, named: set[str]) -> Row:
-    urls = _urls(record.get(columns.url) if columns.url else None)
+def row_of(
+    index: int, record: Mapping[str, Any], columns: Columns, named: set[str], cells: Cells | None = None, images: int = 0
+) -> Row:
+    """A record as a row; `images` is the number of those that come from elsewhere than the record (of an adopted tar)."""
+    urls, shown, kept, problem = _urls(record.get(columns.url) if columns.url else None), None, (), None
+    if columns.image:
+        found, wrong = images_of(record.get(columns.image))
+        problem = ("bad_image", wrong) if wrong else None
+        shown = tuple(path or (urls[n] if n < len(urls) else None) for n, (_, path) in enumerate(found))
+        kept = tuple(cells.add(data) for data, _ in found) if cells else ()
+        urls = tuple(address(data) for data, _ in found) if not kept else tuple(cell.url for cell in kept)
+    count = images or len(urls)
     text = _text(record.get(columns.text) if columns.text else None)
     raw = record.get(columns.conversations) if columns.conversations else None
-    turns, problem = conversations(raw, len(urls))
-    pairs, wrong = preferences(_pairs(record, columns), len(urls))
-    problem = problem or wrong
-    if problem is None and not urls and text is None and turns is None and pairs is None:
-        problem = ("blank_row", "neither URL nor text")
+    turns, wrong_turns = conversations(raw, count)
+    pairs, wrong_pairs = preferences(_pairs(record, columns), count)
+    problem = problem or wrong_turns or wrong_pairs
+    if problem is None and not count and text is None and turns is None and pairs is None:
+        problem = ("blank_row", "neither image nor text")
     return Row(
         index,
         urls,
@@ -194,6 +184,8 @@ def _row(index: int, record: Mapping[str, Any], columns: Columns, named: set[str
         _text(record.get(columns.id) if columns.id else None),
         {k: v for k, v in ((k, _plain(v)) for k, v in record.items() if k not in named) if v is not None},
         problem,
+        shown or None,
+        kept,
     )
 
 
@@ -226,66 +218,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {str(k): _plain(v) for k, v in value.items()}
     return str(value)
-
-
-def _format(path: Path) -> str:
-    suffix = Path(path.name.removesuffix(".gz")).suffix.lower()
-    if suffix not in FORMATS:
-        raise DataError(
-            f"table {path.name}: format '{suffix}' is not known; use one of {', '.join(FORMATS)} (or those with .gz)"
-        )
-    return suffix
-
-
-def _parquet(path: Path) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"table {path.name} is not Parquet: {error}") from error
-
-
-def _records(path: Path) -> Iterator[Mapping[str, Any]]:
-    kind = _format(path)
-    if kind == ".parquet":
-        for batch in _parquet(path).iter_batches(batch_size=_PEEK):
-            yield from batch.to_pylist()
-        return
-    try:
-        yield from _text_records(path, kind)
-    except (UnicodeDecodeError, csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(
-            f"table {path.name} cannot be read to its end as {kind} in UTF-8 ({type(error).__name__}: {error}); "
-            "it was cut, or saved in another encoding"
-        ) from error
-
-
-def _text_records(path: Path, kind: str) -> Iterator[Mapping[str, Any]]:
-    opener: Any = gzip.open if path.name.endswith(".gz") else open
-    with opener(path, "rt", encoding="utf-8-sig", newline="") as file:
-        if kind in (".csv", ".tsv"):
-            csv.field_size_limit(1 << 30)
-            for number, record in enumerate(csv.DictReader(file, delimiter="," if kind == ".csv" else "\t")):
-                if None in record:
-                    raise DataError(
-                        f"table {path.name}: row {number} has more fields than the header; quote separators inside text"
-                    )
-                yield record
-        elif kind == ".json":
-            content = _parse(file.read(), path, 0)
-            if not isinstance(content, list):
-                raise DataError(f"table {path.name} holds a JSON {type(content).__name__}; a list of objects is needed")
-            yield from content
-        else:
-            for number, line in enumerate(file):
-                if line.strip():
-                    yield _parse(line, path, number)
-
-
-def _parse(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise DataError(f"table {path.name}, line {line + 1}: not JSON ({error})") from error

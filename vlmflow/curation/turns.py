@@ -1,7 +1,7 @@
 """What people write into a table's cells: conversations, and pairs of a better and a worse answer.
 
-Both come in the field's two dialects, LLaVA's ``from``/``value`` and OpenAI's ``role``/``content`` (there with content
-parts), as lists or as JSON in one cell. They leave here in LLaVA's form; what cannot is a reason, not an exception, because
+Both come in the field's dialects, LLaVA's ``from``/``value``, OpenAI's ``role``/``content`` (there with content parts) and the
+Cauldron's ``user``/``assistant`` (a question and its answer), as lists or as JSON in one cell. They leave here in LLaVA's form; what cannot is a reason, not an exception, because
 one bad row never stops a table.
 """
 
@@ -25,6 +25,8 @@ def conversations(value: Any, images: int) -> tuple[Turns | None, Problem | None
         return None, problem
     if not isinstance(value, list):
         return None, (reason, f"a {type(value).__name__}, not a list of turns")
+    if all(isinstance(turn, dict) and "user" in turn and "assistant" in turn for turn in value):
+        value = _asked_and_answered(value, images)
     turns = []
     for number, turn in enumerate(value):
         read = _turn(turn)
@@ -81,6 +83,14 @@ def _turn(turn: Any) -> dict[str, str] | None:
         return None
     speaker, said = turn.get("from") or turn.get("role"), _said(turn.get("value", turn.get("content")))
     return {"from": _ROLES[speaker], "value": said} if speaker in _ROLES and said is not None else None
+
+
+def _asked_and_answered(value: list[Any], images: int) -> list[Any]:
+    """The Cauldron's pairs as turns; its images stand in front of the first question without marks."""
+    turns = [{"from": role, "value": pair[role]} for pair in value for role in ("user", "assistant")]
+    if isinstance(turns[0]["value"], str) and not any(MARKER in str(turn["value"]) for turn in turns):
+        turns[0]["value"] = f"{MARKER}\n" * images + turns[0]["value"]
+    return turns
 
 
 def _said(content: Any) -> str | None:
