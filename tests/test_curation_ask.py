@@ -17,10 +17,9 @@ from aiohttp import web
 from curation_world import chat, context, dataset, impatient, png, sample, serving
 
 from vlmflow import storage
-from vlmflow.curation import ask, caption, fuse
-from vlmflow.curation.ask import Asker, add_asked_layer
+from vlmflow.curation import ask, caption
+from vlmflow.curation.ask import Asker
 from vlmflow.curation.openai_client import ChatRequest, Endpoint
-from vlmflow.dataset.layer import read_layer
 from vlmflow.errors import DataError, ServiceError
 
 CAPTION = {"engine": "openai", "model_name": "m", "endpoint_env": "ASK_URL", "key_env": "ASK_KEY", "concurrency": 2}
@@ -169,7 +168,7 @@ def test_no_more_pictures_are_in_memory_than_requests_are_open(tmp_path, monkeyp
 
 def test_a_limited_server_is_slowed_down_for_and_everything_is_answered(tmp_path, monkeypatch):
     """A server with three slots and 32 workers: with pauses of a millisecond, a storm would use up every request's tries."""
-    with serving(lambda body, n: chat("fine")) as (server, url):
+    with serving(lambda body, n: chat("fine")) as (server, _):
         refused = [0]
 
         async def handle(self, request):

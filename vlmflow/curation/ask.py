@@ -59,13 +59,13 @@ def _prefixed(server: str, name: str) -> str:
     return f"{server}_{name}" if server else name
 
 
-def endpoint(spec: EndpointFields, seed: int, **names: str) -> Endpoint:
-    """The endpoint that a section of the recipe describes; `names` replaces url_env, key_env or model."""
+def endpoint(spec: EndpointFields, seed: int, **others: Any) -> Endpoint:
+    """The endpoint that a section of the recipe describes; `others` replace what it says (another url_env, ...)."""
     given: dict[str, Any] = {
         "url_env": spec.endpoint_env, "key_env": spec.key_env, "model": str(spec.model_name),  # type: ignore[attr-defined]
         "passing_limit": spec.failure_limit,  # type: ignore[attr-defined]
     }  # fmt: skip
-    return Endpoint(**{**given, **names}, concurrency=spec.concurrency, seed=seed)
+    return Endpoint(**{**given, "concurrency": spec.concurrency, "seed": seed, **others})
 
 
 class Spent(NamedTuple):
