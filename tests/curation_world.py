@@ -137,3 +137,11 @@ def serving(reply):
     finally:
         box["loop"].call_soon_threadsafe(box["loop"].stop)
         thread.join(10)
+
+
+def impatient(monkeypatch, **settings) -> None:
+    """Endpoints of recipes give up soon and pause for a millisecond."""
+    from vlmflow.curation import ask
+    from vlmflow.curation.openai_client import Endpoint
+
+    monkeypatch.setattr(ask, "Endpoint", lambda **given: Endpoint(**given | {"backoff": 0.001} | settings))

@@ -1,5 +1,6 @@
 """The OpenAI-compatible client against a real server on loopback: bounded, patient, never silent, no secret told."""
 
+import asyncio
 import base64
 import socket
 
@@ -7,7 +8,7 @@ import pytest
 from aiohttp import web
 from curation_world import chat, png, serving
 
-from vlmflow.curation.openai_client import ChatRequest, Endpoint, complete
+from vlmflow.curation.openai_client import ChatRequest, Client, Endpoint
 from vlmflow.errors import RecipeError, ServiceError
 
 KEY = "sk-very-secret"
@@ -18,7 +19,14 @@ def ask(monkeypatch, url, prompts=("hello",), **settings):
     monkeypatch.setenv("TEST_KEY", KEY)
     settings = {"concurrency": 4, "attempts": 3, "backoff": 0.001, "timeout": 10.0} | settings
     endpoint = Endpoint("TEST_URL", "TEST_KEY", "captioner-1", **settings)
-    return complete(endpoint, (p if isinstance(p, ChatRequest) else ChatRequest(p) for p in prompts))
+    requests = [p if isinstance(p, ChatRequest) else ChatRequest(p) for p in prompts]
+
+    async def work():
+        client = Client(endpoint)
+        async with client:
+            return await asyncio.gather(*(client.ask(request) for request in requests))
+
+    return asyncio.run(work())
 
 
 def user_text(body):

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from aiohttp import web
-from curation_world import MODEL, FakeVLM, chat, context, dataset, png, sample, serving
+from curation_world import MODEL, FakeVLM, chat, context, dataset, impatient, png, sample, serving
 
 from vlmflow.curation import caption, fuse
 from vlmflow.dataset.layer import read_layer
@@ -108,23 +108,15 @@ def test_dead_endpoint_then_a_live_one_loses_nothing(tmp_path, captioned, monkey
     with pytest.raises(RecipeError, match="FUSE_URL is not set"):
         fuse.run(context(tmp_path, fuse=OPENAI), captioned)
     monkeypatch.setenv("FUSE_URL", "http://127.0.0.1:9/v1")
-    monkeypatch.setattr(fuse.openai_client.Endpoint, "backoff", 0.001, raising=False)
-    monkeypatch.setattr(fuse.openai_client.Endpoint, "__init__", quick(fuse.openai_client.Endpoint.__init__))
+    impatient(monkeypatch)
     with pytest.raises(ServiceError, match="does not answer"):
         fuse.run(context(tmp_path, fuse=OPENAI), captioned)
     _, sealed = run_openai(tmp_path, captioned, monkeypatch, lambda body, n: chat(merge(body)))
     assert sealed.layers["fused"].summary["engines"] == {"failed": 1, "none": 2, "openai": 4}
 
 
-def quick(init):
-    def wrapped(self, *args, **settings):
-        init(self, *args, **settings | {"backoff": 0.001})
-
-    return wrapped
-
-
 def test_a_server_that_dies_half_way_costs_only_what_was_not_finished(tmp_path, captioned, monkeypatch):
-    monkeypatch.setattr(fuse.openai_client.Endpoint, "__init__", quick(fuse.openai_client.Endpoint.__init__))
+    impatient(monkeypatch)
 
     def dies(body, n):
         return web.json_response({}, status=401) if "Anna's" in body["messages"][0]["content"] else chat(merge(body))
@@ -136,4 +128,4 @@ def test_a_server_that_dies_half_way_costs_only_what_was_not_finished(tmp_path, 
     server, again = run_openai(tmp_path, captioned, monkeypatch, lambda body, n: chat(merge(body)))
     assert read_layer(again, "fused") == read_layer(sealed, "fused")
     assert [p.sha256 for p in again.layers["fused"].parts] == [p.sha256 for p in sealed.layers["fused"].parts]
-    assert (asked_whole, len(server.bodies)) == (4, 2)  # the first shard's two are not asked for again
+    assert (asked_whole, len(server.bodies)) == (4, 1)  # only the refused one is asked again

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from vlmflow.curation import openai_client
+from vlmflow.curation.ask import Script, add_asked_layer, answered, endpoint
 from vlmflow.curation.checks import is_refusal
 from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures, scorer
+from vlmflow.curation.openai_client import ChatRequest
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError, RecipeError
 from vlmflow.models import store
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 LAYER = "synthetic"
 VERSION = 2  # 2: pictures upright and on white, as in training
-SCHEMA = {"text": "str", "finish": "str", "prompt_tokens": "int", "completion_tokens": "int"}
+SCHEMA = {"text": "str", "finish": "str"}
 
 
 def run(ctx: Context, manifest: Manifest, model: ModelRef | None = None) -> Manifest:
-    """Add layer `synthetic`: text, finish (stop, length, ...), tokens used (endpoints only).
+    """Add layer `synthetic`: text, finish (stop, length, ...); from an endpoint also what each row cost (ask.COLUMNS).
 
     `model` is needed by engine "model"; its files, the prompt and the length limit decide the layer's path.
 
@@ -41,40 +42,34 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef | None = None) -> Mani
     """
     spec = ctx.recipe.curation.caption
     params: dict[str, Any] = {"engine": spec.engine, "prompt": spec.prompt, "max_new_tokens": spec.max_new_tokens}
-    if spec.engine == "model":
-        model = scorer(ctx, model)
-        if model is None:
-            raise RecipeError(
-                "curation.caption.engine is 'model' but the step got no model; pass one or use engine openai"
-            )
-        params |= {"weights": model.weights_sha256, "model": store.behaviour_digest(model.files)}
-        vlm = Lazy(ctx, model)
-
-        def compute(reader: ShardReader, _: Any) -> Iterator[dict[str, Any]]:
-            return _by_model(reader, vlm, spec)
-    else:
-        params |= {"model": spec.model_name, "seed": ctx.recipe.seed}
-        endpoint = openai_client.Endpoint(
-            spec.endpoint_env, spec.key_env, str(spec.model_name), concurrency=spec.concurrency, seed=ctx.recipe.seed,
-            passing_limit=spec.failure_limit,
-        )  # fmt: skip
-
-        def compute(reader: ShardReader, _: Any) -> Iterator[dict[str, Any]]:
-            return _by_endpoint(reader, endpoint, spec)
 
     def summary(sealed: Manifest) -> dict[str, Any]:
-        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, "curation.caption", ctx.scratch)
         finish: Counter[str] = Counter()
-        tokens = Counter(prompt_tokens=0, completion_tokens=0)
         for part in sealed.layer(LAYER).parts:
-            for row in read_part(part, ctx.scratch).values():
-                finish[row["finish"] or "failed"] += 1
-                tokens.update({name: row[name] or 0 for name in ("prompt_tokens", "completion_tokens")})
-        return {"finish": dict(sorted(finish.items())), "failures": reasons, **dict(sorted(tokens.items()))}
+            finish.update(row["finish"] or "failed" for row in read_part(part, ctx.scratch).values())
+        return {"finish": dict(sorted(finish.items()))}
+
+    if spec.engine == "openai":
+        return add_asked_layer(
+            ctx, manifest, LAYER, params=params | {"model": spec.model_name, "seed": ctx.recipe.seed}, version=VERSION,
+            schema=SCHEMA, endpoints={"": endpoint(spec, ctx.recipe.seed)}, pictures=True, section="curation.caption",
+            scripts=lambda reader, _: (_script(reader, key, spec) for key in reader.keys()),
+            failure_limit=spec.failure_limit, prices={"": (spec.price_in, spec.price_out)}, summary=summary,
+        )  # fmt: skip
+
+    model = scorer(ctx, model)
+    if model is None:
+        raise RecipeError("curation.caption.engine is 'model' but the step got no model; pass one or use engine openai")
+    params |= {"weights": model.weights_sha256, "model": store.behaviour_digest(model.files)}
+    vlm = Lazy(ctx, model)
+
+    def whole_summary(sealed: Manifest) -> dict[str, Any]:
+        reasons = check_own_failures(sealed, LAYER, spec.failure_limit, "curation.caption", ctx.scratch)
+        return {**summary(sealed), "failures": reasons}
 
     return add_layer(
-        ctx, manifest, LAYER, params=params, version=VERSION, schema=SCHEMA, compute=compute, failure_limit=1.0,
-        summary=summary,
+        ctx, manifest, LAYER, params=params, version=VERSION, schema=SCHEMA, failure_limit=1.0, summary=whole_summary,
+        compute=lambda reader, _: _by_model(reader, vlm, spec),
     )  # fmt: skip
 
 
@@ -114,31 +109,23 @@ def _by_model(reader: ShardReader, vlm: Lazy, spec: Any) -> Iterator[dict[str, A
             yield _row(key, answer.text, answer.finish)
 
 
-def _by_endpoint(reader: ShardReader, endpoint: openai_client.Endpoint, spec: Any) -> Iterator[dict[str, Any]]:
-    asked: list[str] = []
-    failed: list[dict[str, Any]] = []
+def _script(reader: ShardReader, key: str, spec: Any) -> Script:
+    """Ask for one caption. The sample is read here, beside the asking, and dropped with the row."""
+    sample = reader.read(key)
+    try:
+        pictures(sample)  # a picture that we cannot read must not cost a request
+    except DataError as error:
+        return answered({"key": key, "error": str(error)})
 
-    def requests() -> Iterator[openai_client.ChatRequest]:
-        for key in reader.keys():
-            sample = reader.read(key)
-            try:
-                pictures(sample)  # a picture that we cannot read must not cost a request
-            except DataError as error:
-                failed.append({"key": key, "error": str(error)})
-                continue
-            asked.append(key)
-            yield openai_client.ChatRequest(spec.prompt, sample.images, spec.max_new_tokens)
-
-    answers = openai_client.complete(endpoint, requests())
-    yield from failed
-    for key, answer in zip(asked, answers, strict=True):
-        tokens = {"prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
+    def ask() -> Script:
+        answer = yield ChatRequest(spec.prompt, sample.images, spec.max_new_tokens)
         if answer.error:
-            yield {"key": key, "error": answer.error}
-        elif answer.finish == "content_filter" or is_refusal(answer.text):
-            yield {"key": key, "finish": answer.finish, **tokens, "error": "the model refused to describe the image"}
-        else:
-            yield _row(key, answer.text, answer.finish) | tokens
+            return {"key": key, "error": answer.error}
+        if answer.finish == "content_filter" or is_refusal(answer.text):
+            return {"key": key, "finish": answer.finish, "error": "the model refused to describe the image"}
+        return _row(key, answer.text, answer.finish)
+
+    return ask()
 
 
 def _row(key: str, text: str, finish: str) -> dict[str, Any]:

@@ -172,3 +172,8 @@ def duplicates(texts: Iterable[str | None]) -> dict[str, object]:
 def is_refusal(text: str) -> bool:
     """Whether a text model declines or speaks of itself instead of answering."""
     return bool(_REFUSAL.search(text))
+
+
+def leaks(text: str) -> bool:
+    """Whether an answer talks about the task instead of doing it ("Here is the corrected ...")."""
+    return bool(_LEAK.search(text))

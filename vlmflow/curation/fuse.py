@@ -12,11 +12,13 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from vlmflow.curation import openai_client, prompts
+from vlmflow.curation import prompts
 from vlmflow.curation.alt_text import clean_alt
+from vlmflow.curation.ask import Row, Script, add_asked_layer, answered, endpoint, finished
 from vlmflow.curation.checks import Limits, duplicates, problems
 from vlmflow.curation.fusion_rules import CONNECTORS, fuse
-from vlmflow.curation.inputs import check_own_failures, text_of, windows
+from vlmflow.curation.inputs import check_own_failures, text_of
+from vlmflow.curation.openai_client import ChatRequest
 from vlmflow.dataset.layer import add_layer, read_part
 
 if TYPE_CHECKING:
@@ -25,16 +27,13 @@ if TYPE_CHECKING:
     from vlmflow.step import Context
 
 LAYER = "fused"
-VERSION = 1
+VERSION = 2  # 2: cost columns of engine openai only
 SCHEMA = {
     "text": "str",
     "engine": "str",  # rules | openai | none (only one source says anything) | alt (fallback)
     "problems": "list<str>",  # codes of checks.CODES that failed, or notes: alt_empty, trimmed, retried
-    "prompt_tokens": "int",
-    "completion_tokens": "int",
 }
 MAX_WORDS = 60  # of a sentence made by rules
-Row = dict[str, Any]
 
 
 def run(ctx: Context, manifest: Manifest) -> Manifest:
@@ -49,42 +48,39 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
     """
     spec = ctx.recipe.curation.fuse
     params: dict[str, Any] = {"engine": spec.engine, "fallback": spec.fallback, "limits": asdict(Limits())}
+
+    def scripts(reader: ShardReader, upstream: dict[str, dict[str, Row]]) -> Iterator[Script]:
+        for key in reader.keys():
+            alt, _ = text_of("alt", key, reader.meta(key), upstream)
+            synthetic, missing = text_of("synthetic", key, {}, upstream)
+            if missing:
+                yield answered(_fallback(key, alt, spec.fallback, ["no_synthetic"], missing))
+            elif spec.engine == "rules":
+                yield answered(_by_rules(key, alt, synthetic, spec.fallback))
+            elif not clean_alt(alt):
+                yield answered({"key": key, "text": synthetic, "engine": "none", "problems": ["alt_empty"]})
+            else:
+                yield _by_endpoint(key, alt, synthetic, ctx.recipe.seed, spec)
+
     if spec.engine == "openai":
         params |= {
             "model": spec.model_name, "seed": ctx.recipe.seed, "max_new_tokens": spec.max_new_tokens,
             "prompt": prompts.MERGE, "retry": prompts.RETRY,
         }  # fmt: skip
-        endpoint = openai_client.Endpoint(
-            spec.endpoint_env, spec.key_env, str(spec.model_name), concurrency=spec.concurrency, seed=ctx.recipe.seed,
-            passing_limit=spec.failure_limit,
+        return add_asked_layer(
+            ctx, manifest, LAYER, params=params, version=VERSION, schema=SCHEMA, reads=("synthetic",), scripts=scripts,
+            endpoints={"": endpoint(spec, ctx.recipe.seed)}, section="curation.fuse", failure_limit=spec.failure_limit,
+            prices={"": (spec.price_in, spec.price_out)}, summary=lambda sealed: _summary(sealed, ctx.scratch),
         )  # fmt: skip
-    else:
-        params |= {"max_words": MAX_WORDS}
-
-    def compute(reader: ShardReader, upstream: dict[str, dict[str, Row]]) -> Iterator[Row]:
-        ready: list[tuple[str, str, str]] = []
-        for key in reader.keys():
-            alt, _ = text_of("alt", key, reader.meta(key), upstream)
-            synthetic, missing = text_of("synthetic", key, {}, upstream)
-            if missing:
-                yield _fallback(key, alt, spec.fallback, ["no_synthetic"], missing)
-            elif not clean_alt(alt) and spec.engine == "openai":
-                yield {"key": key, "text": synthetic, "engine": "none", "problems": ["alt_empty"]}
-            else:
-                ready.append((key, alt, synthetic))
-        if spec.engine == "rules":
-            yield from (_by_rules(*sample, spec.fallback) for sample in ready)
-        else:
-            for window in windows(ready, 4096):
-                yield from _by_endpoint(window, endpoint, spec)
 
     def summary(sealed: Manifest) -> dict[str, Any]:
         reasons = check_own_failures(sealed, LAYER, spec.failure_limit, "curation.fuse", ctx.scratch)
         return {"failures": reasons, **_summary(sealed, ctx.scratch)}
 
     return add_layer(
-        ctx, manifest, LAYER, params=params, version=VERSION, schema=SCHEMA, compute=compute, reads=("synthetic",),
-        failure_limit=1.0, summary=summary,
+        ctx, manifest, LAYER, params=params | {"max_words": MAX_WORDS}, version=VERSION, schema=SCHEMA,
+        compute=lambda reader, upstream: map(finished, scripts(reader, upstream)), reads=("synthetic",), failure_limit=1.0,
+        summary=summary,
     )  # fmt: skip
 
 
@@ -99,40 +95,22 @@ def _by_rules(key: str, alt: str, synthetic: str, fallback: str) -> Row:
     return {"key": key, "text": fused.text, "engine": engine, "problems": list(fused.notes)}
 
 
-def _by_endpoint(window: list[tuple[str, str, str]], endpoint: openai_client.Endpoint, spec: Any) -> Iterator[Row]:
-    """Ask for every sample of the window, then once more for those whose answer fails a check."""
-    rows: dict[str, Row] = {}
-    pending: list[tuple[str, str, str, list[str]]] = [(*sample, []) for sample in window]
-    for round_number in range(2):
-        requests = [
-            openai_client.ChatRequest(
-                prompts.merge_prompt(alt, synthetic, why),
-                max_tokens=spec.max_new_tokens,
-                seed=endpoint.seed + round_number,
-            )
-            for _, alt, synthetic, why in pending
-        ]
-        again: list[tuple[str, str, str, list[str]]] = []
-        answers = openai_client.complete(endpoint, requests) if requests else []
-        for (key, alt, synthetic, _), answer in zip(pending, answers, strict=True):
-            row = rows.setdefault(key, {"key": key, "prompt_tokens": 0, "completion_tokens": 0})
-            row["prompt_tokens"] += answer.prompt_tokens
-            row["completion_tokens"] += answer.completion_tokens
-            if answer.error:
-                row |= {"engine": "openai", "problems": [], "error": answer.error}
-                continue
-            wrong = problems(answer.text, alt, synthetic, answer.finish)
-            if answer.finish == "content_filter" and "refusal" not in wrong:
-                wrong.insert(0, "refusal")
-            if not wrong:
-                notes = ["retried"] if round_number else []
-                row |= {"text": " ".join(answer.text.split()), "engine": "openai", "problems": notes}
-            elif round_number:
-                row |= _fallback(key, alt, spec.fallback, wrong, "checks failed twice: " + ", ".join(wrong))
-            else:
-                again.append((key, alt, synthetic, wrong))
-        pending = again
-    yield from rows.values()
+def _by_endpoint(key: str, alt: str, synthetic: str, seed: int, spec: Any) -> Script:
+    """Ask for one fused caption, and once more when the answer fails a check."""
+    wrong: list[str] = []
+    for attempt in range(2):
+        answer = yield ChatRequest(
+            prompts.merge_prompt(alt, synthetic, wrong), max_tokens=spec.max_new_tokens, seed=seed + attempt
+        )
+        if answer.error:
+            return {"key": key, "engine": "openai", "problems": [], "error": answer.error}
+        wrong = problems(answer.text, alt, synthetic, answer.finish)
+        if answer.finish == "content_filter" and "refusal" not in wrong:
+            wrong.insert(0, "refusal")
+        if not wrong:
+            notes = ["retried"] if attempt else []
+            return {"key": key, "text": " ".join(answer.text.split()), "engine": "openai", "problems": notes}
+    return _fallback(key, alt, spec.fallback, wrong, "checks failed twice: " + ", ".join(wrong))
 
 
 def _fallback(key: str, alt: str, policy: str, codes: list[str], reason: str) -> Row:
@@ -142,20 +120,17 @@ def _fallback(key: str, alt: str, policy: str, codes: list[str], reason: str) ->
 
 
 def _summary(sealed: Manifest, scratch: Any) -> dict[str, Any]:
-    """Counts over the whole layer: engines, problem codes, tokens, duplicate outputs."""
+    """Counts over the whole layer: engines, problem codes, duplicate outputs."""
     engines: Counter[str] = Counter()
     codes: Counter[str] = Counter()
-    tokens: Counter[str] = Counter(prompt_tokens=0, completion_tokens=0)
     texts: list[str | None] = []
     for part in sealed.layer(LAYER).parts:
         for row in read_part(part, scratch).values():
             engines["failed" if row["error"] else row["engine"]] += 1
             codes.update(row["problems"] or [])
-            tokens.update({name: row[name] or 0 for name in ("prompt_tokens", "completion_tokens")})
             texts.append(row["text"])
     return {
         "engines": dict(sorted(engines.items())),
         "problems": dict(sorted(codes.items())),
         "duplicates": duplicates(texts),
-        **dict(sorted(tokens.items())),
     }

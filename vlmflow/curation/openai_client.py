@@ -1,4 +1,4 @@
-"""Many chat completions from any OpenAI-compatible server: plain aiohttp, bounded, patient, never silent.
+"""One OpenAI-compatible server, asked many things at a time: plain aiohttp, bounded, patient, never silent.
 
 Plain aiohttp serves 2,100 requests/s where the vendor's SDK serves 300-385 at concurrency 256 (spec
 data-eval-soup.md 4.4). Address and key come from the environment only; the recipe holds the variables' names, and
@@ -12,12 +12,16 @@ import base64
 import hashlib
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections import deque
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from vlmflow.errors import RecipeError, ServiceError
+
+RETRY_AFTER_LIMIT = 300.0  # seconds: a server that asks for a longer pause is asked again after this
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,7 @@ class Endpoint:
     key_env: str  # name of the variable with the key; unset = no key is sent
     model: str
     concurrency: int = 64
-    attempts: int = (
-        6  # per request, over connection errors, timeouts, 5xx and malformed answers; twice that for 429/503
-    )
+    attempts: int = 6  # per request, over timeouts, 5xx, malformed answers; twice that for 429/503 in a row
     timeout: float = 120.0
     backoff: float = 0.5  # first pause, doubled each time
     max_backoff: float = 30.0
@@ -40,12 +42,13 @@ class Endpoint:
 
 @dataclass(frozen=True)
 class ChatRequest:
-    """One user turn: instruction and encoded pictures (JPEG, PNG, WebP)."""
+    """One user turn: instruction and encoded pictures (JPEG, PNG, WebP, sent as they are)."""
 
     prompt: str
     images: tuple[bytes, ...] = ()
     max_tokens: int = 80
     seed: int | None = None  # default: the endpoint's
+    to: str = ""  # which of a step's servers
 
 
 @dataclass(frozen=True)
@@ -68,33 +71,178 @@ class _Again(Exception):
         self.reason, self.kind, self.wait = reason, kind, wait
 
 
-@dataclass
-class _State:
-    succeeded: int = 0
-    resume_at: float = 0.0  # loop time before which nobody asks: one 429 slows all
-    answers: dict[int, ChatAnswer] = field(default_factory=dict)
+class _Pace:
+    """How many requests may be open now: all that the recipe allows, half of it after each refusal for load, one more a
+    round of answers (as TCP does), so that a limited server is kept busy and not stormed."""
+
+    def __init__(self, most: int) -> None:
+        self.most, self.width, self.open = most, float(most), 0
+        self.resume_at = 0.0  # loop time before which nobody asks: one 429 slows all
+        self._waiting: deque[asyncio.Future[None]] = deque()
+
+    async def enter(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            if self.open >= int(self.width):
+                turn = loop.create_future()
+                self._waiting.append(turn)
+                await turn
+            elif (pause := self.resume_at - loop.time()) > 0:
+                await asyncio.sleep(pause)
+            else:
+                self.open += 1
+                return
+
+    def leave(self, answered: bool) -> None:
+        self.open -= 1
+        if answered and self.width < self.most:
+            self.width = min(self.most, self.width + 1 / self.width)
+        for _ in range(min(len(self._waiting), int(self.width) - self.open)):
+            if not (turn := self._waiting.popleft()).done():
+                turn.set_result(None)
+
+    def slow_down(self, wait: float) -> None:
+        now = asyncio.get_running_loop().time()
+        if now >= self.resume_at:  # the first refusal of a burst
+            self.width = max(1.0, self.width / 2)
+        self.resume_at = max(self.resume_at, now + wait)
 
 
-def complete(endpoint: Endpoint, requests: Iterable[ChatRequest]) -> list[ChatAnswer]:
-    """Answers in the order of `requests`, which is consumed lazily, `concurrency` at a time.
+class Client:
+    """A server for as long as a step lasts: one session, one pace. Use it within one event loop, and close it.
 
     Raises:
         RecipeError: the address variable is unset or holds no http(s) URL.
-        ServiceError: the server is dead, refuses the key, does not know the model, keeps limiting the rate, or gives
-            nothing but errors, or loses more than `passing_limit` of the requests to trouble that passes (written down, these
-            failures would stay when the server is well again). What concerns one request only comes back in its `error`.
     """
-    base, key = _address(endpoint), os.environ.get(endpoint.key_env) or None
-    answers = asyncio.run(_complete_all(endpoint, base, key, iter(requests)))
-    lost = Counter(str(answer.error) for answer in answers if answer.passing)
-    if lost.total() > endpoint.passing_limit * len(answers):
-        raise ServiceError(
-            f"the server that {endpoint.url_env} names left {lost.total()} of {len(answers)} requests without an answer after "
-            f"{endpoint.attempts} attempts each ({'; '.join(f'{n} x {reason}' for reason, n in lost.most_common(3))}); the recipe allows "
-            f"{endpoint.passing_limit:.1%} (failure_limit). Shards that are finished stay, this one is not kept: mend the server "
-            "and run the same command again."
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.answered = 0
+        self._url = _address(endpoint)
+        self._key = os.environ.get(endpoint.key_env) or None
+        self._secrets = [s for s in (self._key, urlsplit(self._url).password) if s]
+        self._pace = _Pace(endpoint.concurrency)
+        self._session: Any = None
+
+    async def __aenter__(self) -> Client:
+        import aiohttp
+        import yarl
+
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        self._target = yarl.URL(self._url)
+        self._session = aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=0),  # the pace bounds it
+            timeout=aiohttp.ClientTimeout(total=self.endpoint.timeout),
+            headers=headers,
+            cookie_jar=aiohttp.DummyCookieJar(),
         )
-    return answers
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+
+    async def ask(self, request: ChatRequest, name: str | None = None) -> ChatAnswer:
+        """The answer to one request, after retries. `name`: its fingerprint, when it is known.
+
+        Raises:
+            ServiceError: what no other request would survive either: the server is dead, refuses the key, does not know
+                the model, keeps limiting the rate, or gives nothing but errors. What concerns this request alone comes
+                back in the answer's `error`.
+        """
+        body, endpoint, pace = _body(self.endpoint, request), self.endpoint, self._pace
+        headers = {"Idempotency-Key": name or fingerprint(endpoint, request)}
+        tries, answered = {"limited": 0, "other": 0}, self.answered
+        while True:
+            await pace.enter()
+            done = False
+            try:
+                answer = await self._attempt(headers, body)
+                done = True
+                self.answered += 1
+                return answer
+            except _Again as failed:
+                group = "limited" if failed.kind == "limited" else "other"
+                if group == "limited" and self.answered > answered:
+                    tries[group], answered = 0, self.answered  # others get through: the turn of this one will come
+                tries[group] += 1
+                if tries[group] >= endpoint.attempts * (2 if group == "limited" else 1):
+                    return self._given_up(failed, tries[group])
+                wait = min(endpoint.backoff * 2 ** (tries[group] - 1), endpoint.max_backoff)
+                if failed.wait is not None:
+                    wait = max(wait, min(failed.wait, RETRY_AFTER_LIMIT))
+                if group == "limited":
+                    pace.slow_down(wait)
+                    wait = 0.0
+            finally:
+                pace.leave(done)
+            if wait:
+                await asyncio.sleep(wait)
+
+    async def _attempt(self, headers: dict[str, str], body: bytes) -> ChatAnswer:
+        import aiohttp
+
+        try:
+            async with self._session.post(self._target, data=body, headers=headers, allow_redirects=False) as response:
+                status, raw, after = response.status, await response.read(), response.headers.get("Retry-After")
+        except TimeoutError:
+            raise _Again(f"no answer within {self.endpoint.timeout:g} s", "timeout") from None
+        except aiohttp.ClientConnectionError as error:
+            number = getattr(error, "errno", None) or 0  # the error's own text would tell the address
+            raise _Again(os.strerror(number) if number > 0 else type(error).__name__, "connection") from None
+        except aiohttp.ClientError as error:
+            raise _Again(type(error).__name__, "connection") from None
+        if status == 200:
+            return _parse(raw, self._secrets)
+        return self._refused(status, _message(raw, self._secrets), after)
+
+    def _refused(self, status: int, said: str, after: str | None) -> ChatAnswer:
+        """The error of this request alone; raises _Again for what passes and ServiceError for what concerns all."""
+        endpoint, model = self.endpoint, self.endpoint.model
+        where = f"the server that {endpoint.url_env} names"
+        if status == 429 and "quota" in said.lower():
+            raise ServiceError(
+                f"{where} says that the account is spent (HTTP 429: {said}). Answers that were paid for are kept: raise the "
+                "limit there and run the same command again."
+            )
+        if status in (429, 503):
+            raise _Again(f"HTTP {status}", "limited", _seconds(after))
+        if status >= 500 or status == 408:
+            raise _Again(f"HTTP {status}", "server", _seconds(after))
+        if status in (401, 403):
+            raise ServiceError(
+                f"{where} refuses the key (HTTP {status}). {endpoint.key_env} {'is set' if self._key else 'is not set'}; put a "
+                f"key with access to model '{model}' there."
+            )
+        if status == 404 or (status in (400, 422) and "model" in said.lower() and model.lower() in said.lower()):
+            raise ServiceError(
+                f"{where} does not serve model '{model}' at its chat-completions address (HTTP {status}: "
+                f"{said or 'no message'}). Check model_name in the recipe and that the URL ends in /v1."
+            )
+        if status < 400:
+            raise ServiceError(f"{where} redirects (HTTP {status}); set its final address")
+        return ChatAnswer(error=f"HTTP {status}: {said}" if said else f"HTTP {status}")
+
+    def _given_up(self, failed: _Again, tries: int) -> ChatAnswer:
+        where = f"the server that {self.endpoint.url_env} names"
+        rest = "Shards that are finished and answers that were given stay; mend it and run the same command again."
+        if failed.kind == "connection":
+            raise ServiceError(
+                f"{where} does not answer: {failed.reason}, {tries} attempts, {self.answered} requests answered before. "
+                f"Check that it runs and that {self.endpoint.url_env} is right. {rest}"
+            ) from None
+        if failed.kind == "limited":
+            raise ServiceError(
+                f"{where} keeps refusing for load: {failed.reason}, {tries} attempts at concurrency "
+                f"{self.endpoint.concurrency}. Lower the step's concurrency in the recipe or ask later. {rest}"
+            ) from None
+        if not self.answered:
+            raise ServiceError(
+                f"{where} has not answered one request: {failed.reason}, {tries} attempts. Check that "
+                f"{self.endpoint.url_env} ends in /v1 and that the server speaks the OpenAI chat-completions format. {rest}"
+            ) from None
+        return ChatAnswer(error=failed.reason, passing=True)
 
 
 def _address(endpoint: Endpoint) -> str:
@@ -104,145 +252,58 @@ def _address(endpoint: Endpoint) -> str:
             f"environment variable {endpoint.url_env} is not set: it must hold the base URL of an OpenAI-compatible server, "
             "e.g. http://127.0.0.1:8000/v1. The recipe names the variable; the address never stands in the recipe."
         )
-    if not base.startswith(("http://", "https://")):
+    try:
+        parts = urlsplit(base)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        host = None
+    if not base.startswith(("http://", "https://")) or not host:
         raise RecipeError(f"environment variable {endpoint.url_env} does not hold an http:// or https:// URL")
+    if (parts.username or parts.password) and os.environ.get(endpoint.key_env):
+        raise RecipeError(
+            f"{endpoint.url_env} holds a user name or password and {endpoint.key_env} a key: a request can carry one of them "
+            "only; clear the other"
+        )
     return base if base.endswith("/chat/completions") else base + "/chat/completions"
 
 
-async def _complete_all(
-    endpoint: Endpoint, url: str, key: str | None, source: Iterator[ChatRequest]
-) -> list[ChatAnswer]:
-    import aiohttp
+def _settings(endpoint: Endpoint, request: ChatRequest) -> dict[str, Any]:
+    return {
+        "model": endpoint.model,
+        "max_tokens": request.max_tokens,
+        "temperature": 0,
+        "seed": endpoint.seed if request.seed is None else request.seed,
+    }
 
-    state, numbered = _State(), enumerate(source)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    connector = aiohttp.TCPConnector(limit=endpoint.concurrency)
-    timeout = aiohttp.ClientTimeout(total=endpoint.timeout)
 
-    async with aiohttp.ClientSession(connector=connector, timeout=timeout, headers=headers) as session:
+def fingerprint(endpoint: Endpoint, request: ChatRequest) -> str:
+    """What makes two requests the same: model, settings, words and pictures; not the address. 64 hex digits.
 
-        async def worker() -> None:
-            for number, request in numbered:  # one iterator for all workers: each takes the next
-                state.answers[number] = await _ask(session, endpoint, url, key, request, state)
-
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(endpoint.concurrency):
-                    group.create_task(worker())
-        except BaseExceptionGroup as failed:
-            raise failed.exceptions[0] from None
-    return [state.answers[i] for i in range(len(state.answers))]
+    Identical requests are asked once, answers are journalled under it, and it is sent as Idempotency-Key.
+    """
+    name = hashlib.sha256(json.dumps([_settings(endpoint, request), request.prompt, len(request.images)]).encode())
+    for image in request.images:
+        name.update(hashlib.sha256(image).digest())
+    return name.hexdigest()
 
 
 def _body(endpoint: Endpoint, request: ChatRequest) -> bytes:
-    content: Any = request.prompt
+    """The request as JSON. Pictures are put in as base64 without a second pass of escaping: it holds no such characters."""
+    words = json.dumps(request.prompt).encode()
     if request.images:
-        content = [{"type": "image_url", "image_url": {"url": data_url(image)}} for image in request.images]
-        content.append({"type": "text", "text": request.prompt})
-    return json.dumps(
-        {
-            "model": endpoint.model,
-            "messages": [{"role": "user", "content": content}],
-            "max_tokens": request.max_tokens,
-            "temperature": 0,
-            "seed": endpoint.seed if request.seed is None else request.seed,
-        }
-    ).encode()
+        parts = [b'{"type": "image_url", "image_url": {"url": "%b"}}' % data_url(image) for image in request.images]
+        words = b"[%b]" % b", ".join([*parts, b'{"type": "text", "text": %b}' % words])
+    settings = json.dumps(_settings(endpoint, request)).encode()
+    return b'%b, "messages": [{"role": "user", "content": %b}]}' % (settings[:-1], words)
 
 
-def data_url(image: bytes) -> str:
+def data_url(image: bytes) -> bytes:
     """The picture as a data: URL; its type is read from its first bytes."""
-    kind = "png" if image[:4] == b"\x89PNG" else "webp" if image[8:12] == b"WEBP" else "jpeg"
-    return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
+    kind = b"png" if image[:4] == b"\x89PNG" else b"webp" if image[8:12] == b"WEBP" else b"jpeg"
+    return b"data:image/%b;base64,%b" % (kind, base64.b64encode(image))
 
 
-async def _ask(
-    session: Any, endpoint: Endpoint, url: str, key: str | None, request: ChatRequest, state: _State
-) -> ChatAnswer:
-    """One request with its retries; raises ServiceError for what no other request would survive either."""
-    body = _body(endpoint, request)
-    headers = {"Content-Type": "application/json", "Idempotency-Key": hashlib.sha256(body).hexdigest()}
-    loop, tries = asyncio.get_running_loop(), {"limited": 0, "other": 0}
-    while True:
-        while (pause := state.resume_at - loop.time()) > 0:
-            await asyncio.sleep(pause)
-        try:
-            answer = await _attempt(session, endpoint, url, key, headers, body)
-            state.succeeded += 1
-            return answer
-        except _Again as failed:
-            group = "limited" if failed.kind == "limited" else "other"
-            tries[group] += 1
-            if tries[group] >= endpoint.attempts * (2 if group == "limited" else 1):
-                return _given_up(endpoint, failed, tries[group], state)
-            wait = min(endpoint.backoff * 2 ** (tries[group] - 1), endpoint.max_backoff)
-            if failed.wait is not None:
-                wait = min(max(failed.wait, wait), endpoint.max_backoff)
-            if group == "limited":
-                state.resume_at = max(state.resume_at, loop.time() + wait)
-            else:
-                await asyncio.sleep(wait)
-
-
-def _given_up(endpoint: Endpoint, failed: _Again, tries: int, state: _State) -> ChatAnswer:
-    where = f"the server that {endpoint.url_env} names"
-    rest = "Shards that are finished stay; mend it and run the same command again."
-    if failed.kind == "connection":
-        raise ServiceError(
-            f"{where} does not answer: {failed.reason}, {tries} attempts, {state.succeeded} requests answered before. "
-            f"Check that it runs and that {endpoint.url_env} is right. {rest}"
-        ) from None
-    if failed.kind == "limited":
-        raise ServiceError(
-            f"{where} keeps refusing for load: {failed.reason}, {tries} attempts at concurrency {endpoint.concurrency}. "
-            f"Lower the step's concurrency in the recipe or ask later. {rest}"
-        ) from None
-    if not state.succeeded:
-        raise ServiceError(
-            f"{where} has not answered one request: {failed.reason}, {tries} attempts. Check that {endpoint.url_env} ends "
-            f"in /v1 and that the server speaks the OpenAI chat-completions format. {rest}"
-        ) from None
-    return ChatAnswer(error=failed.reason, passing=True)
-
-
-async def _attempt(
-    session: Any, endpoint: Endpoint, url: str, key: str | None, headers: dict, body: bytes
-) -> ChatAnswer:
-    import aiohttp
-
-    try:
-        async with session.post(url, data=body, headers=headers, allow_redirects=False) as response:
-            status, raw, after = response.status, await response.read(), response.headers.get("Retry-After")
-    except TimeoutError:
-        raise _Again(f"no answer within {endpoint.timeout:g} s", "timeout") from None
-    except aiohttp.ClientConnectionError as error:
-        number = getattr(error, "errno", None) or 0  # the error's own text would tell the address
-        raise _Again(os.strerror(number) if number > 0 else type(error).__name__, "connection") from None
-    except aiohttp.ClientError as error:
-        raise _Again(type(error).__name__, "connection") from None
-    if status == 200:
-        return _parse(raw)
-    said = _message(raw, key)
-    if status in (429, 503):
-        raise _Again(f"HTTP {status}", "limited", _seconds(after))
-    if status >= 500 or status == 408:
-        raise _Again(f"HTTP {status}", "server")
-    if status in (401, 403):
-        raise ServiceError(
-            f"the server that {endpoint.url_env} names refuses the key (HTTP {status}). {endpoint.key_env} "
-            f"{'is set' if key else 'is not set'}; put a key with access to model '{endpoint.model}' there."
-        )
-    if status == 404 or (status in (400, 422) and "model" in said.lower() and endpoint.model.lower() in said.lower()):
-        raise ServiceError(
-            f"the server that {endpoint.url_env} names does not serve model '{endpoint.model}' at its chat-completions "
-            f"address (HTTP {status}: {said or 'no message'}). Check model_name in the recipe and that the URL ends in /v1."
-        )
-    if status < 400:
-        raise ServiceError(f"the server that {endpoint.url_env} names redirects (HTTP {status}); set its final address")
-    return ChatAnswer(error=f"HTTP {status}: {said}" if said else f"HTTP {status}")
-
-
-def _parse(raw: bytes) -> ChatAnswer:
+def _parse(raw: bytes, secrets: list[str]) -> ChatAnswer:
     try:
         data = json.loads(raw)
         choice = data["choices"][0]
@@ -253,7 +314,7 @@ def _parse(raw: bytes) -> ChatAnswer:
             raise TypeError
         finish = "content_filter" if message.get("refusal") else str(choice.get("finish_reason") or "")
         return ChatAnswer(
-            text=text.strip(),
+            text=_masked(text, secrets).strip(),
             finish=finish,
             prompt_tokens=int(usage.get("prompt_tokens") or 0),
             completion_tokens=int(usage.get("completion_tokens") or 0),
@@ -262,20 +323,33 @@ def _parse(raw: bytes) -> ChatAnswer:
         raise _Again("malformed answer (not a chat completion in JSON)", "malformed") from None
 
 
-def _message(raw: bytes, key: str | None) -> str:
-    """The server's own words, shortened, without the key."""
+def _message(raw: bytes, secrets: list[str]) -> str:
+    """The server's own words, shortened, without key and password."""
     try:
         data = json.loads(raw)
         error = data.get("error", data) if isinstance(data, dict) else data
         text = error.get("message", "") if isinstance(error, dict) else str(error)
     except ValueError:
         text = raw[:200].decode("utf-8", "replace")
-    text = " ".join(str(text).split())[:200]
-    return text.replace(key, "***") if key else text
+    return " ".join(_masked(str(text), secrets).split())[:200]
+
+
+def _masked(text: str, secrets: list[str]) -> str:
+    """A server may say again what it was sent."""
+    for secret in secrets:
+        text = text.replace(secret, "***")
+    return text
 
 
 def _seconds(header: str | None) -> float | None:
+    """Retry-After: seconds, or a date."""
+    if not header:
+        return None
     try:
-        return max(0.0, float(header)) if header else None
+        return max(0.0, float(header))
     except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(header).timestamp() - time.time())
+    except (ValueError, TypeError):
         return None

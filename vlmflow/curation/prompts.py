@@ -18,12 +18,12 @@ PROMPTS: dict[str, dict[str, str]] = {
 }
 """Text type -> use -> instruction."""
 
-TEXT_TYPES = {"alt": "caption", "synthetic": "caption", "fused": "caption", "ocr": "ocr"}
+TEXT_TYPES = {"alt": "caption", "synthetic": "caption", "fused": "caption", "described": "caption", "ocr": "ocr"}
 """Layer (or "alt") -> row of PROMPTS."""
 
 
 def scoring_prompt(text: str, asked: str) -> str:
-    """The instruction under which `text` (alt, synthetic, fused, ocr) is scored: `asked`, unless that is the caption
+    """The instruction under which `text` (alt, synthetic, fused, described, ocr) is scored: `asked`, unless that is the caption
     default and the text is of another type."""
     kind = TEXT_TYPES[text]
     return PROMPTS[kind]["score"] if asked == PROMPTS["caption"]["score"] else asked
@@ -53,3 +53,21 @@ def merge_prompt(alt: str, synthetic: str, why: list[str] | None = None) -> str:
 
     text = MERGE.format(alt=alt, synthetic=synthetic)
     return text + RETRY.format(why="; ".join(CODES[code] for code in why)) if why else text
+
+
+CONTINUE = """{prompt}
+
+You have written so far:
+{text}
+
+Go on from there with what you have not described yet. Answer with the continuation only; do not repeat anything."""
+
+REPAIR = """Correct this description of a picture. Remove sentences and phrases that repeat, characters without meaning and words
+that are not part of the description; complete or remove sentences that are not finished. Keep all its content and wording
+otherwise, and add nothing. Answer with the corrected description only, without any comment; when nothing is wrong, answer
+with the description as it is.
+
+{text}"""
+"""MiniGPT-4's repair (spec/systems.md A.2)."""
+
+REPAIR_RETRY = "\n\nYour first answer was rejected ({why}). Answer with the corrected description only."

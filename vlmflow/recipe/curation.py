@@ -93,8 +93,12 @@ class DescribeSpec(EndpointFields):
     endpoint_env: str = Field("VLMFLOW_CAPTION_URL", description="environment variable with the describer's base URL")
     key_env: str = Field("VLMFLOW_CAPTION_KEY", description="environment variable with the describer's API key")
     prompt: str = Field("Describe this image in detail.", description="instruction")
-    min_tokens: int = Field(80, ge=1, description="shorter descriptions are asked to go on (MiniGPT-4: 80)")
+    min_tokens: int = Field(
+        80, ge=1, description="words and marks; shorter descriptions are asked to go on, then rejected (MiniGPT-4: 80)"
+    )
+    continuations: int = Field(2, ge=0, le=5, description="how often a short description is asked to go on")
     max_new_tokens: int = Field(300, ge=1, description="longest answer in tokens, each time")
+    batch: int = Field(64, ge=1, description="descriptions written at a time (engine model)")
     repair: bool = Field(
         True, description="a text model removes repetition, garbage and unfinished sentences (the fusion endpoint)"
     )
@@ -103,6 +107,9 @@ class DescribeSpec(EndpointFields):
     )
     repair_key_env: str = Field("VLMFLOW_FUSE_KEY", description="environment variable with the repairer's API key")
     repair_model_name: str | None = Field(None, description="model asked to repair; required with repair")
+    repair_concurrency: int = Field(64, ge=1, le=4096, description="open requests to the repairer")
+    repair_price_in: float | None = Field(None, ge=0, description="price of a million prompt tokens of the repairer")
+    repair_price_out: float | None = Field(None, ge=0, description="price of a million completion tokens")
     failure_limit: Share = Field(
         0.5, description="largest share of samples without a description (rejected ones count)"
     )
