@@ -6,8 +6,9 @@ pack and is slower than padding at 4096 tokens (training.md C.1).
 
 On CUDA in 16 bits torch's own varlen flash kernel runs. Elsewhere every segment goes through a causal SDPA of its own, on
 views of the pack: half the time of padding segments of similar length into one call, because the padding costs its square
-and the copies. Only short segments, whose work is less than a call, are right-padded into one: a padded key lies behind
-every real query, so no mask is needed.
+and the copies. Only short segments, whose work is less than a call, are right-padded into common ones: a padded key lies
+behind every real query, so no mask is needed. Each is padded to its own next multiple of STEP, never to its neighbours'
+length, so that its result has the same bits whatever it is packed with.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "vlmflow_varlen"
-SMALL = 64  # segments up to this length share one call whatever their lengths: the waste is below a call's overhead
+SMALL = 64  # segments up to this length share calls with others of about their length: the waste is below a call's overhead
+STEP = 16  # ... after padding to a multiple of this
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,24 @@ class _Plan:
     Attributes:
         lengths: of all segments, in order; each of those in ``alone`` is a call.
         alone: numbers of segments.
-        gather: int64 [count * length], positions of the short segments in the pack; padding repeats a first token.
-        count, length: short segments, and the longest of them; with ``gather`` None: all segments, of equal length.
+        groups: calls of short segments.
         restore: int64 [N], row of each pack position in the calls' joined outputs; None = they are in order.
     """
 
     lengths: list[int]
     alone: list[int]
+    groups: list[_Group]
+    restore: torch.Tensor | None
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Segments padded to one length. ``gather``: int64 [count * length], their positions in the pack, padding repeats a
+    first token; None = all segments of the pack, none padded."""
+
     gather: torch.Tensor | None
     count: int
     length: int
-    restore: torch.Tensor | None
 
 
 def register() -> None:
@@ -156,9 +165,9 @@ def _grouped(
     if plan.alone:
         pieces = [tensor.split(plan.lengths, dim=2) for tensor in (query, key, value)]
         outputs = [call([piece[number] for piece in pieces]) for number in plan.alone]
-    if plan.count:
-        rows = [t[0] if plan.gather is None else t[0].index_select(1, plan.gather) for t in (query, key, value)]
-        outputs.append(call([r.unflatten(1, (plan.count, plan.length)).transpose(0, 1) for r in rows]))
+    for group in plan.groups:
+        rows = [t[0] if group.gather is None else t[0].index_select(1, group.gather) for t in (query, key, value)]
+        outputs.append(call([r.unflatten(1, (group.count, group.length)).transpose(0, 1) for r in rows]))
     joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     if plan.restore is not None:
         joined = joined.index_select(0, plan.restore)
@@ -176,19 +185,24 @@ def _plan(bounds: tuple[int, ...], total: int, device: torch.device) -> _Plan:
         )
     segments = [(start, end - start) for start, end in pairwise(bounds) if end > start]
     lengths = [length for _, length in segments]
-    if len(set(lengths)) == 1:
-        return _Plan(lengths, [], None, len(lengths), lengths[0], None)
-    short = [number for number, length in enumerate(lengths) if length <= SMALL]
-    if len(short) < 2:
-        return _Plan(lengths, list(range(len(lengths))), None, 0, 0, None)
+    padded = [-(-length // STEP) * STEP if length <= SMALL else length for length in lengths]
+    if len(set(padded)) == 1 and padded == lengths:
+        return _Plan(lengths, [], [_Group(None, len(lengths), lengths[0])], None)
     alone = [number for number, length in enumerate(lengths) if length > SMALL]
-    length = max(lengths[number] for number in short)
-    starts = torch.tensor([segments[number][0] for number in short])
-    real = torch.arange(length)[None, :] < torch.tensor([lengths[number] for number in short])[:, None]
-    positions = starts[:, None] + torch.where(real, torch.arange(length)[None, :], 0)
-    order = torch.cat([*(torch.arange(s, s + n) for s, n in (segments[i] for i in alone)), positions[real]])
-    behind = sum(lengths[number] for number in alone)
-    rows = torch.cat([torch.arange(behind), torch.arange(len(short) * length).view_as(real)[real] + behind])
+    if len(alone) == len(lengths):
+        return _Plan(lengths, alone, [], None)
+    groups = []
+    order = [torch.arange(start, start + length) for start, length in (segments[number] for number in alone)]
+    rows = [torch.arange(behind := sum(lengths[number] for number in alone))]
+    for length in sorted({padded[number] for number in range(len(lengths)) if lengths[number] <= SMALL}):
+        short = [number for number in range(len(lengths)) if padded[number] == length and lengths[number] <= SMALL]
+        starts = torch.tensor([segments[number][0] for number in short])
+        real = torch.arange(length)[None, :] < torch.tensor([lengths[number] for number in short])[:, None]
+        positions = starts[:, None] + torch.where(real, torch.arange(length)[None, :], 0)
+        groups.append(_Group(positions.flatten().to(device), len(short), length))
+        order.append(positions[real])
+        rows.append(torch.arange(len(short) * length).view_as(real)[real] + behind)
+        behind += len(short) * length
     restore = torch.empty(total, dtype=torch.long)
-    restore[order] = rows
-    return _Plan(lengths, alone, positions.flatten().to(device), len(short), length, restore.to(device))
+    restore[torch.cat(order)] = torch.cat(rows)
+    return _Plan(lengths, alone, groups, restore.to(device))

@@ -266,6 +266,7 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         past_key_values: Any | None = None,
         inputs_embeds: torch.Tensor | None = None,
+        image_features: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         loss_only: bool = False,
@@ -292,6 +293,7 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            image_features=image_features,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
