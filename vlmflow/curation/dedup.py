@@ -1,0 +1,287 @@
+"""Which samples say again what another one says: over all sources and shards of a dataset, as layer `dedup`.
+
+Samples are ranked by pixels (most first), then by key. Going down the ranks, a sample that is still there stays and drops
+all later ones that are its duplicates. So every dropped sample is within the distance of the one that stays, whatever
+chains of likeness there are, and no two that stay are duplicates of each other.
+
+Duplicates are samples whose images are the same bytes, or all near by perceptual hash, in order, as they are or without
+their borders. Conversations and preferences are content: samples with them are duplicates only when these agree too (many
+questions are asked about one picture). Flat pictures have no hash and are compared by their bytes; samples without images
+by their texts.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vlmflow.curation import phash
+from vlmflow.curation.columns import column, numbers, stacked, text_numbers
+from vlmflow.dataset.layer import seal_columns
+from vlmflow.errors import DataError
+from vlmflow.vision.near import Index, blocks
+
+if TYPE_CHECKING:
+    from vlmflow.dataset.manifest import Manifest
+    from vlmflow.step import Context
+
+LAYER = "dedup"
+VERSION = 1
+SCHEMA = {"of": "str", "kind": "str", "distance": "int"}
+KINDS = ("bytes", "near", "trimmed", "text")
+"""Identical images; near images; near when borders are cut; the same words (and no image, or recipe's `text`)."""
+_BYTES, _NEAR, _TRIMMED, _TEXT = range(4)
+LARGEST = 10
+
+
+def run(ctx: Context, manifest: Manifest) -> Manifest:
+    """Add layer `dedup`: of (key of the sample that stays; null for those that stay), kind, distance in bits.
+
+    The summary holds samples, stay, dropped by kind, counts of [source dropped, source that stays, samples], the largest
+    clusters as [key that stays, samples dropped] and how many samples with images were compared by their bytes alone.
+
+    Raises:
+        DataError: no layer `phash`, no layer of the text that the recipe names, or a key that two shards share.
+    """
+    spec = ctx.recipe.curation.dedup
+    if spec is None:
+        return manifest
+    table = stacked(manifest, phash.LAYER, ctx.scratch, ["key", "plain", "trimmed", "content", "text", "turns", "pixels"])
+    keys = column(table["key"])
+    texts = text_numbers(manifest, spec.text, table, ctx.scratch) if spec.text else numbers(table["text"])
+    order = _order(table)
+    samples = _Samples.of(table, texts, spec.same_text, spec.images is not None).take(order)
+    of, kind, bits = duplicates(samples, spec.images, by_text=spec.text is not None)
+    back = np.empty(len(order), dtype=np.int64)
+    back[order] = np.arange(len(order))
+    of, kind, bits = np.where(of < 0, -1, order[of])[back], kind[back], bits[back]
+
+    def parts() -> Iterator[Any]:
+        import pyarrow as pa
+
+        start = 0
+        for shard in manifest.shards:
+            rows = slice(start, start + shard.samples)
+            start += shard.samples
+            gone = of[rows] >= 0
+            yield pa.table(
+                {
+                    "key": keys.slice(rows.start, shard.samples),
+                    "of": keys.take(pa.array(of[rows], mask=~gone)),
+                    "kind": pa.array(KINDS, pa.string()).take(pa.array(kind[rows], mask=~gone)),
+                    "distance": pa.array(bits[rows], mask=~gone),
+                }
+            )
+
+    reads = [phash.LAYER, *([spec.text] if spec.text and spec.text != "alt" else [])]
+    params = {"images": spec.images, "text": spec.text, "same_text": spec.same_text}
+    return seal_columns(
+        ctx, manifest, LAYER, params=params, version=VERSION, schema=SCHEMA, parts=parts(), reads=reads,
+        summary=_summary(manifest, keys, of, kind, samples),
+    )  # fmt: skip
+
+
+def _order(table: Any) -> np.ndarray:
+    """Rows from first to last in rank."""
+    import pyarrow.compute as pc
+
+    if len(pc.unique(table["key"])) != len(table):
+        counts = Counter(table["key"].to_pylist())
+        key, n = counts.most_common(1)[0]
+        raise DataError(
+            f"key '{key}' stands in {n} shards; keys name the sample that stays and must be unique. Pull it again."
+        )
+    return pc.sort_indices(table, [("pixels", "descending"), ("key", "ascending")]).to_numpy().astype(np.int64)
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """What samples are compared by, (n,) each: first image's hashes, digests (0 = none) and the lists of all hashes.
+
+    `group` is what must agree beside the images: their number and, where it counts, the wording. `hashed` tells whose
+    images can be compared by hash.
+    """
+
+    plain: np.ndarray
+    trimmed: np.ndarray
+    all_plain: Any  # pyarrow list arrays
+    all_trimmed: Any
+    count: np.ndarray
+    content: np.ndarray
+    text: np.ndarray
+    group: np.ndarray
+    signature: np.ndarray  # equal for samples that are certainly duplicates
+    hashed: np.ndarray
+
+    @staticmethod
+    def of(table: Any, texts: np.ndarray, same_text: bool, by_hash: bool) -> _Samples:
+        plain, trimmed = column(table["plain"]), column(table["trimmed"])
+        count = plain.value_lengths().to_numpy(zero_copy_only=False)
+        content, said = numbers(table["content"]), numbers(table["turns"])
+        wording = np.where((said != 0) | same_text, _mix(texts.view(np.uint64), said.view(np.uint64)), np.uint64(0))
+        group = _mix(count.astype(np.uint64), wording)
+        values = plain.values.to_numpy().view(np.uint64)
+        owner = np.repeat(np.arange(len(count)), count)
+        hashed = count > 0
+        hashed[owner[values == 0]] = False
+        hashed &= by_hash
+        rows = np.arange(len(count), dtype=np.uint64)
+        words = _mix(texts.view(np.uint64), said.view(np.uint64))
+        unsaid = (texts == 0) & (said == 0)
+        signature = np.select(
+            [hashed, content != 0, ~unsaid],
+            [
+                _mix(_digest(plain), _digest(trimmed), group, np.uint64(1)),
+                _mix(content.view(np.uint64), group, np.uint64(2)),
+                _mix(words, np.uint64(3)),
+            ],
+            _mix(rows, np.uint64(4)),
+        )
+        return _Samples(
+            _first(plain), _first(trimmed), plain, trimmed, count, content, texts, group, signature, hashed
+        )
+
+    def take(self, rows: np.ndarray) -> _Samples:
+        """The samples at `rows`, in that order."""
+        import pyarrow as pa
+
+        fields = (getattr(self, name) for name in self.__dataclass_fields__)
+        return _Samples(*(f[rows] if isinstance(f, np.ndarray) else f.take(pa.array(rows)) for f in fields))
+
+
+def duplicates(
+    samples: _Samples, distance: int | None, by_text: bool
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of samples in the order of their ranks: which earlier one each repeats (-1 = none, it stays), how, and by how many bits."""
+    _, first, unit_of = np.unique(samples.signature, return_index=True, return_inverse=True)
+    by_rank = np.argsort(first)
+    unit_of, first = np.argsort(by_rank)[unit_of], first[by_rank]  # units are numbered in the order of their first samples
+    units = samples.take(first)
+    leader, kind, bits = _leaders(units, distance, by_text)
+
+    stays = leader[unit_of] < 0
+    of = first[np.where(stays, unit_of, leader[unit_of])]
+    same = samples.content == samples.content[of]
+    within = np.where(samples.count == 0, _TEXT, np.where(same & (samples.content != 0), _BYTES, _NEAR))
+    of[stays & (of == np.arange(len(of)))] = -1
+    return of, np.where(stays, within, kind[unit_of]), np.where(stays, 0, bits[unit_of])
+
+
+def _leaders(units: _Samples, distance: int | None, by_text: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """For each unit (in rank order) the one that drops it, or -1, the kind and the bits."""
+    n = len(units.signature)
+    leader, kind, bits = (np.full(n, value, dtype=np.int64) for value in (-1, _NEAR, 0))
+    wordings = _cliques(units.text) if by_text else {}
+
+    def drop_by_text(unit: int) -> None:
+        for other in wordings.pop(int(units.text[unit]), ()):
+            if other > unit and leader[other] < 0:
+                leader[other], kind[other] = unit, _TEXT
+
+    spots = np.flatnonzero(units.hashed) if distance is not None else np.zeros(0, dtype=np.int64)
+    views = [(_NEAR, Index(units.plain[spots], distance or 0, units.group[spots]))]
+    if (units.trimmed != units.plain)[spots].any():
+        views.append((_TRIMMED, Index(units.trimmed[spots], distance or 0, units.group[spots])))
+    cost = sum(index.cost(index.values, index.groups) for _, index in views)
+    done = 0
+    for block in blocks(np.asarray(cost)):
+        inside = np.arange(block.start, block.stop)
+        inside = inside[leader[spots[inside]] < 0]
+        met: dict[int, list[tuple[int, int, int]]] = {}
+        for code, index in views:
+            query, found, apart = index.later(inside)
+            for q, f, d in zip(spots[inside[query]].tolist(), spots[found].tolist(), apart.tolist(), strict=True):
+                met.setdefault(q, []).append((f, code, d))
+        active = set(met)
+        end = int(spots[block.stop - 1]) + 1
+        if wordings:
+            active.update(range(done, end))
+        for unit in sorted(active):
+            if leader[unit] >= 0:
+                continue
+            for other, code, apart_by in met.get(unit, ()):
+                if leader[other] < 0 and (units.count[unit] == 1 or _all_near(units, unit, other, distance or 0)):
+                    leader[other], kind[other], bits[other] = unit, code, apart_by
+            drop_by_text(unit)
+        done = end
+    if wordings:
+        for unit in range(done, n):
+            if leader[unit] < 0:
+                drop_by_text(unit)
+    return leader, kind, bits
+
+
+def _all_near(units: _Samples, one: int, other: int, distance: int) -> bool:
+    """Whether the images of two samples are near one by one."""
+    views = (units.all_plain, units.all_trimmed)
+    pairs = [zip(view[one].as_py(), view[other].as_py(), strict=True) for view in views]
+    return all(any((a ^ b).bit_count() <= distance for a, b in image) for image in zip(*pairs, strict=True))
+
+
+def _cliques(ids: np.ndarray) -> dict[int, list[int]]:
+    """Positions by id, of the ids other than 0 that occur more than once."""
+    values, inverse, counts = np.unique(ids, return_inverse=True, return_counts=True)
+    several = np.flatnonzero((counts[inverse] > 1) & (ids != 0))
+    found: dict[int, list[int]] = {}
+    for position, value in zip(several.tolist(), values[inverse[several]].tolist(), strict=True):
+        found.setdefault(value, []).append(position)
+    return found
+
+
+def _first(lists: Any) -> np.ndarray:
+    """First value of each list; 0 of an empty one."""
+    offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy().view(np.uint64)
+    found = np.zeros(len(offsets) - 1, dtype=np.uint64)
+    filled = offsets[1:] > offsets[:-1]
+    found[filled] = values[offsets[:-1][filled]]
+    return found
+
+
+def _digest(lists: Any) -> np.ndarray:
+    """64 bits of each list of integers; order counts."""
+    offsets, values = lists.offsets.to_numpy().astype(np.int64), lists.values.to_numpy().view(np.uint64)
+    counts = np.diff(offsets)
+    place = np.arange(len(values)) - np.repeat(offsets[:-1] - offsets[0], counts)
+    mixed = np.concatenate([[np.uint64(0)], np.cumsum(_mix(values, place.astype(np.uint64)), dtype=np.uint64)])
+    ends = offsets - offsets[0]
+    return mixed[ends[1:]] - mixed[ends[:-1]]
+
+
+def _mix(*parts: np.ndarray | np.uint64) -> np.ndarray:
+    """64 bits of several columns of 64 bits (the finaliser of splitmix64 after each)."""
+    state: Any = np.uint64(0)
+    with np.errstate(over="ignore"):
+        for part in parts:
+            state = (state ^ part) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019)
+            state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def _summary(manifest: Manifest, keys: Any, of: np.ndarray, kind: np.ndarray, samples: _Samples) -> dict[str, Any]:
+    gone = np.flatnonzero(of >= 0)
+    names = manifest.sources
+    source = np.repeat([names.index(shard.source) for shard in manifest.shards], [shard.samples for shard in manifest.shards])
+    pairs = Counter(zip(source[gone].tolist(), source[of[gone]].tolist(), strict=True))
+    leaders, sizes = np.unique(of[gone], return_counts=True)
+    clusters = sorted(((int(n), keys[int(i)].as_py()) for i, n in _top(leaders, sizes)), key=lambda pair: (-pair[0], pair[1]))
+    dropped = Counter(KINDS[code] for code in kind[gone].tolist())
+    return {
+        "samples": len(of), "stay": int((of < 0).sum()), "dropped": {name: dropped[name] for name in KINDS if dropped[name]},
+        "sources": sorted([names[a], names[b], n] for (a, b), n in pairs.items()),
+        "clusters": [[key, n] for n, key in clusters[:LARGEST]],
+        "by_bytes_only": int(((samples.content != 0) & ~samples.hashed).sum()),
+    }  # fmt: skip
+
+
+def _top(leaders: np.ndarray, sizes: np.ndarray) -> list[tuple[int, int]]:
+    """All clusters at least as large as the LARGEST-th."""
+    if len(sizes) > LARGEST:
+        enough = sizes >= np.partition(sizes, -LARGEST)[-LARGEST]
+        leaders, sizes = leaders[enough], sizes[enough]
+    return list(zip(leaders.tolist(), sizes.tolist(), strict=True))
