@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from vlmflow import cli_cluster
+from vlmflow.cli_data import data_app
 from vlmflow.cli_options import Output, OutputOption, Overrides, RecipeArgument, StateOption
 from vlmflow.cli_plan import plan_app
 from vlmflow.errors import VlmflowError
@@ -29,7 +30,6 @@ app = typer.Typer(
     help="Train vision-language models by the POINTS recipe: curation, training, soup, evaluation, export.",
 )
 recipe_app = typer.Typer(no_args_is_help=True, help="Look at a recipe and check it.")
-data_app = typer.Typer(no_args_is_help=True, help="Look at datasets.")
 app.add_typer(recipe_app, name="recipe")
 app.add_typer(data_app, name="data")
 app.add_typer(plan_app, name="plan")
@@ -187,47 +187,6 @@ def compile_(
     }
     for name, package in made.items():  # nothing is written unless all of them keep the rules
         typer.echo(f"wrote {compiler.write(package, folder / f'{name}.yaml')}")
-
-
-@data_app.command("show")
-def data_show(
-    manifest: Annotated[str, typer.Argument(help="Path or URI of a manifest.")], output: OutputOption = Output.text
-) -> None:
-    """Print what a dataset holds: sources, shards, layers, lineage."""
-    from vlmflow.dataset.manifest import load
-
-    loaded = load(manifest)
-    sources: dict[str, dict[str, int]] = {}
-    for shard in loaded.shards:
-        total = sources.setdefault(shard.source, {"shards": 0, "samples": 0, "bytes": 0})
-        total["shards"] += 1
-        total["samples"] += shard.samples
-        total["bytes"] += shard.bytes
-    layers: dict[str, dict[str, Any]] = {
-        name: {"digest": layer.digest, "summary": layer.summary} for name, layer in loaded.layers.items()
-    }
-    facts: dict[str, Any] = {
-        "name": loaded.name,
-        "digest": loaded.digest,
-        "samples": loaded.samples,
-        "sources": sources,
-        "layers": layers,
-        "lineage": [entry.model_dump(mode="json") for entry in loaded.lineage],
-    }
-    if output is Output.json:
-        _print_json(facts)
-        return
-    typer.echo(f"{loaded.name}  {loaded.samples} samples  {loaded.digest}")
-    for name, total in sources.items():
-        typer.echo(
-            f"  source {name:<16}{total['samples']:>9} samples {total['shards']:>6} shards {total['bytes'] / 2**20:>10.1f} MiB"
-        )
-    for name, layer in layers.items():
-        typer.echo(
-            f"  layer  {name:<16}{layer['digest'][:12]}  {json.dumps(layer['summary'], ensure_ascii=False)[:160]}"
-        )
-    for entry in loaded.lineage:
-        typer.echo(f"  made by {entry.step} from {[p[:12] for p in entry.parents]}")
 
 
 @contextmanager

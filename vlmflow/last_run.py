@@ -41,3 +41,22 @@ def initial_model(folder: Path) -> ModelRef | None:
     """The model that a run began with, or None when it did not come so far."""
     path = next(iter(sorted((folder / "artifacts").glob("*/initial/model"))), None)
     return load_ref(path) if path else None
+
+
+def dataset(state: Path, name: str) -> Manifest:
+    """The dataset of this name of the newest run that has one, whatever its recipe.
+
+    Raises:
+        DataError: no run has it; the message lists those there are.
+    """
+    known: dict[str, None] = {}
+    for path in sorted((state / "runs").glob("*/recipe.yaml"), reverse=True):
+        found = datasets(path.parent)
+        if name in found:
+            return found[name]
+        known |= dict.fromkeys(found)
+    there = f"its runs have {', '.join(sorted(known))}" if known else "it holds no run with data"
+    raise DataError(
+        f"'{name}' is neither a file, a URI nor a dataset of a run in {state}: {there}. Give the path or URI of a manifest, or run a "
+        "recipe first (`vlmflow demo`)."
+    )

@@ -174,8 +174,7 @@ def cached(
             size(uri)  # raises the store's own NotFound
         _verify(uri, path, sha256)
         return path
-    name = sha256 or digest([uri, belongs_to])
-    path = Path(scratch or default_scratch()) / "objects" / f"{name}-{uri.rsplit('/', 1)[-1]}"
+    path = cache_path(uri, sha256 or digest([uri, belongs_to]), scratch)
     if not path.exists():
         # verified before it gets its name: a kill in between leaves nothing that would be trusted later
         arriving = path.with_name(f".{secrets.token_hex(8)}.tmp")
@@ -186,6 +185,11 @@ def cached(
         finally:
             arriving.unlink(missing_ok=True)
     return path
+
+
+def cache_path(uri: str, name: str, scratch: str | Path | None = None) -> Path:
+    """Where `cached` keeps an object, by its sha256 (or what stands for it); the file is there once it was fetched."""
+    return Path(scratch or default_scratch()) / "objects" / f"{name}-{uri.rsplit('/', 1)[-1]}"
 
 
 def _verify(uri: str, path: Path, sha256: str | None) -> None:

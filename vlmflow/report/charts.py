@@ -7,7 +7,7 @@ value in a `<title>`, which browsers show as a tooltip.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from vlmflow.report.html import Safe, el, join
 from vlmflow.report.numbers import count, log_ticks, percent, seconds, short, ticks, time_ticks
@@ -154,6 +154,52 @@ def histograms(
         clear = max(x + 6, left + 170)  # right of the first group's name
         marks.append(_text(x - 6 if side == "end" else clear, 12, f"cut at {short(float(cut))}", side, "t strong"))
     return _svg(width, height, axis, *marks)
+
+
+def binned(
+    edges: Sequence[float],
+    series: Sequence[tuple[str, str, Sequence[int]]],
+    label: str,
+    log: bool = False,
+    href: Callable[[float, float], str] | None = None,
+    width: int = 900,
+    height: int = 130,
+) -> Safe:
+    """A histogram that was counted elsewhere: (name, class, counts) stacked on bins between `edges`.
+
+    `log`: the bins are equal on a logarithmic axis. `href`: address behind a bar, from its two edges.
+    """
+    if len(edges) < 2:
+        return el("p", f"{label}: no values", cls="note")
+    left, right, top, bottom = 52, 8, 8, 20
+    base, step = height - bottom, (width - left - right) / (len(edges) - 1)
+    totals = [sum(counts[i] for _, _, counts in series) for i in range(len(edges) - 1)]
+    most = max(totals) or 1
+
+    def sx(value: float) -> float:
+        start, end = edges[0], edges[-1]
+        share = math.log(value / start) / math.log(end / start) if log else (value - start) / (end - start)
+        return left + share * (width - left - right)
+
+    marks: list[Safe] = []
+    for y in sorted({t for t in ticks(0, most, 3) if t == int(t)}):
+        sy = base - y / most * (base - top)
+        marks += [_line(left, sy, width - right, sy, "grid"), _text(left - 6, sy + 3.5, short(int(y)), "end")]
+    for i, total in enumerate(totals):
+        if not total:
+            continue
+        shares = ", ".join(f"{count(counts[i])} {name}" for name, _, counts in series if counts[i])
+        title, pieces = f"{short(edges[i])} to {short(edges[i + 1])}: {shares}", []
+        floor: float = base
+        for _, cls, counts in series:
+            tall = counts[i] / most * (base - top)
+            floor -= tall
+            pieces.append(_rect(left + i * step + 0.5, floor, step - 1, tall, cls, title))
+        marks.append(el("a", *pieces, href=href(edges[i], edges[i + 1])) if href else join(pieces))
+    marks.append(_line(left, base, width - right, base, "axis"))
+    for x in log_ticks(edges[0], edges[-1]) if log else ticks(edges[0], edges[-1], 8):
+        marks += [_line(sx(x), base, sx(x), base + 4, "axis"), _text(sx(x), base + 16, short(float(x)), "middle")]
+    return _svg(width, height, label, *marks)
 
 
 def gantt(bars: Sequence[tuple[str, float, float]], width: int = 1060) -> Safe:

@@ -1,0 +1,1 @@
+"""Looking at datasets: statistics, gallery, differences and the way of one sample, for millions of rows without loading them."""

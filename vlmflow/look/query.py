@@ -1,0 +1,361 @@
+"""What a person asks of the wide table: filters, an order, a page. Read from a URL, answered by DuckDB.
+
+Names come from the table's own list of columns and values travel as parameters, so no text of a URL becomes SQL.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
+
+from vlmflow.errors import DataError
+from vlmflow.look.table import Column, Table, kind_sql, quoted
+
+if TYPE_CHECKING:
+    import duckdb
+
+PER_PAGE = 50
+MOST_PER_PAGE = 200
+ENTRIES = 12  # of a facet, the commonest
+FACETS = {"source": "source", "state": "state", "reason": "reason_kind"}  # parameter -> column
+ORDERS = ("asc", "desc")
+RANDOM = "random"
+BINS = 40
+
+Pairs = tuple[tuple[str, tuple[str, ...]], ...]
+
+
+@dataclass(frozen=True)
+class Query:
+    """Filters, order and page.
+
+    Attributes:
+        equal: (parameter, values) of which one must hold: `source`, `state`, `reason`, `error` or `is.COLUMN`.
+        least, most: (column, bound), both inclusive.
+        text: is looked for in all texts, or in the column `within`; upper and lower case are the same.
+        sort: a column, "n" (order of the dataset) or "random" (the same every time); ties follow the order of the dataset.
+        page: from 1.
+    """
+
+    equal: Pairs = ()
+    least: tuple[tuple[str, float], ...] = ()
+    most: tuple[tuple[str, float], ...] = ()
+    text: str = ""
+    within: str = ""
+    sort: str = "n"
+    order: str = "asc"
+    page: int = 1
+    per: int = PER_PAGE
+
+    def values(self, parameter: str) -> tuple[str, ...]:
+        """Values asked for of a parameter; empty = any."""
+        return dict(self.equal).get(parameter, ())
+
+    def toggled(self, parameter: str, value: str) -> Query:
+        """The same question with a value of a facet taken in or out, from its first page."""
+        held = self.values(parameter)
+        wanted = tuple(v for v in held if v != value) if value in held else (*held, value)
+        return self.asked(parameter, wanted)
+
+    def asked(self, parameter: str, values: Sequence[str]) -> Query:
+        """The same question with other values of a parameter, from its first page."""
+        others = {name: held for name, held in self.equal if name != parameter}
+        if values:
+            others[parameter] = tuple(values)
+        return replace(self, equal=tuple(sorted(others.items())), page=1)
+
+    def filters(self) -> Query:
+        """The question without order and page: what counts depend on."""
+        return replace(self, sort="n", order="asc", page=1, per=PER_PAGE)
+
+    def url(self, **changes: Any) -> str:
+        """The query string of this question, shortest form; `changes` are attributes."""
+        q = replace(self, **changes) if changes else self
+        pairs: list[tuple[str, Any]] = [(name, value) for name, values in q.equal for value in values]
+        pairs += [
+            (f"min.{name}", f"{value:g}" if float(f"{value:g}") == value else repr(value)) for name, value in q.least
+        ]
+        pairs += [
+            (f"max.{name}", f"{value:g}" if float(f"{value:g}") == value else repr(value)) for name, value in q.most
+        ]
+        plain = Query()
+        for name, key in (
+            ("text", "q"),
+            ("within", "in"),
+            ("sort", "sort"),
+            ("order", "order"),
+            ("page", "page"),
+            ("per", "per"),
+        ):
+            if getattr(q, name) != getattr(plain, name):
+                pairs.append((key, getattr(q, name)))
+        return "?" + urlencode(pairs)
+
+
+def parse(pairs: Iterable[tuple[str, str]], table: Table) -> Query:
+    """A question from a URL's parameters.
+
+    Raises:
+        DataError: a parameter, column or value that there is not; it names those there are.
+    """
+    equal: dict[str, list[str]] = {}
+    bounds: dict[str, dict[str, float]] = {"min": {}, "max": {}}
+    plain: dict[str, str] = {}
+    for name, value in pairs:
+        head, _, column = name.partition(".")
+        if name in FACETS or name == "error":
+            equal.setdefault(name, []).append(value)
+        elif head == "is" and column:
+            _of_kind(table, column, ("category", "flag", "list"), name)
+            equal.setdefault(name, []).append(value)
+        elif head in bounds and column:
+            if value.strip():
+                _of_kind(table, column, ("number",), name)
+                bounds[head][column] = _number(name, value)
+        elif name in ("q", "in", "sort", "order", "page", "per"):
+            plain[name] = value
+        else:
+            raise DataError(
+                f"parameter '{name}' is not known: use source, state, reason, error, is.COLUMN, min.COLUMN, max.COLUMN, q, in, sort, "
+                "order, page or per"
+            )
+    within, sort = plain.get("in", ""), plain.get("sort") or "n"
+    if within:
+        _of_kind(table, within, ("text", "category", "json"), "in")
+    if sort != RANDOM:
+        _of_kind(table, sort, ("number", "flag", "category", "text"), "sort")
+    order = plain.get("order") or "asc"
+    if order not in ORDERS:
+        raise DataError(f"order '{order}' is not one of {list(ORDERS)}")
+    return Query(
+        tuple(sorted((name, tuple(dict.fromkeys(values))) for name, values in equal.items())),
+        tuple(sorted(bounds["min"].items())), tuple(sorted(bounds["max"].items())),
+        plain.get("q", "").strip(), within, sort, order,
+        _whole("page", plain.get("page", "1"), 10**9), _whole("per", plain.get("per", str(PER_PAGE)), MOST_PER_PAGE),
+    )  # fmt: skip
+
+
+def _of_kind(table: Table, name: str, kinds: tuple[str, ...], parameter: str) -> Column:
+    column = table.column(name)
+    if column.kind not in kinds:
+        fit = [c.name for c in table.columns.values() if c.kind in kinds]
+        raise DataError(
+            f"{parameter}: column '{name}' is a {column.kind}; this takes a {' or '.join(kinds)}: {', '.join(fit)}"
+        )
+    return column
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise DataError(f"{name}: '{text[:40]}' is no number")
+    return value
+
+
+def _whole(name: str, text: str, most: int) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:12]) <= most):
+        raise DataError(f"{name}: '{text[:40]}' is not a whole number from 1 to {most}")
+    return int(text)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def where(table: Table, query: Query, without: str = "") -> tuple[str, list[Any]]:
+    """The WHERE clause and its parameters; `without` leaves out one parameter's filter (a facet counts its other values)."""
+    clauses: list[str] = []
+    values: list[Any] = []
+    for parameter, wanted in query.equal:
+        if parameter == without:
+            continue
+        marks = ", ".join("?" for _ in wanted)
+        if parameter in FACETS:
+            clauses.append(f"{quoted(FACETS[parameter])} IN ({marks})")
+        elif parameter == "error":
+            clauses.append(f"list_has_any(errors, [{marks}]::VARCHAR[])")
+        else:
+            column = table.column(parameter.removeprefix("is."))
+            if column.kind == "list":
+                clauses.append(f"list_has_any({_items(column)}, [{marks}]::VARCHAR[])")
+            else:
+                clauses.append(f"coalesce({column.quoted}::VARCHAR, '') IN ({marks})")
+        values += wanted
+    for bounds, sign in ((query.least, ">="), (query.most, "<=")):
+        for name, value in bounds:
+            clauses.append(f"{table.column(name).quoted} {sign} ?")
+            values.append(value)
+    if query.text:
+        columns = [table.column(query.within)] if query.within else searched(table)
+        clauses.append("(" + " OR ".join(f"contains(lower({c.quoted}), ?)" for c in columns) + ")")
+        values += [query.text.lower()] * len(columns)
+    return (" WHERE " + " AND ".join(clauses) if clauses else ""), values
+
+
+def searched(table: Table) -> list[Column]:
+    """Columns that a search without `in` looks into: the key and every text."""
+    skip = {"sample.sha256", "reason", "reason_kind", "state", "source"}
+    return [c for c in table.columns.values() if c.kind in ("text", "category", "json") and c.name not in skip]
+
+
+def _items(column: Column) -> str:
+    return f"list_transform({column.quoted}, lambda x: {kind_sql('x::VARCHAR')})"
+
+
+def count(con: duckdb.DuckDBPyConnection, table: Table, query: Query) -> int:
+    """How many samples a question finds."""
+    clause, values = where(table, query)
+    return con.execute(f"SELECT count(*) FROM rows{clause}", values).fetchall()[0][0]
+
+
+def page(con: duckdb.DuckDBPyConnection, table: Table, query: Query) -> list[dict[str, Any]]:
+    """The rows of a page. First their numbers alone are found, so that sorting a million rows moves no texts."""
+    clause, values = where(table, query)
+    by = "hash(key)" if query.sort == RANDOM else quoted(query.sort)
+    numbers = con.execute(
+        f"SELECT n FROM rows{clause} ORDER BY {by} {query.order} NULLS LAST, n LIMIT {query.per} OFFSET {(query.page - 1) * query.per}",
+        values,
+    ).fetchall()
+    return rows_of(con, [n for (n,) in numbers])
+
+
+def rows_of(con: duckdb.DuckDBPyConnection, numbers: Sequence[int]) -> list[dict[str, Any]]:
+    """Whole rows by their numbers, in the order given."""
+    if not numbers:
+        return []
+    marks = ", ".join(str(int(n)) for n in numbers)
+    found = con.execute(f"SELECT * FROM rows WHERE n IN ({marks})")
+    names = [entry[0] for entry in found.description]
+    by_number = {row[0]: dict(zip(names, row, strict=True)) for row in found.fetchall()}
+    return [by_number[n] for n in numbers]
+
+
+@dataclass(frozen=True)
+class Facet:
+    """Counts of a column's values among the samples found; `distinct` is how many values there are."""
+
+    parameter: str
+    title: str
+    entries: list[tuple[str, int]] = field(default_factory=list)
+
+
+def facets(con: duckdb.DuckDBPyConnection, table: Table, query: Query) -> list[Facet]:
+    """Values and counts to filter by, the commonest ENTRIES of each; a facet does not filter itself."""
+    named = {**FACETS, **{f"is.{c.name}": c.name for c in table.columns.values() if _is_facet(c)}}
+    columns = {parameter: f"coalesce({quoted(name)}::VARCHAR, '')" for parameter, name in named.items()}
+    found: dict[str, list[tuple[str, int]]] = {}
+    together = [parameter for parameter in columns if not query.values(parameter)]
+    if together:  # one scan for all of them
+        clause, values = where(table, query)
+        selected = ", ".join(f"{columns[p]} AS f{i}" for i, p in enumerate(together))
+        sets = ", ".join(f"(f{i})" for i in range(len(together)))
+        groups = ", ".join(f"f{i}" for i in range(len(together)))
+        rows = con.execute(
+            f"SELECT {groups}, count(*) FROM (SELECT {selected} FROM rows{clause}) GROUP BY GROUPING SETS ({sets})",
+            values,
+        ).fetchall()
+        for row in rows:
+            i = next((i for i, value in enumerate(row[:-1]) if value is not None), None)
+            if i is not None:
+                found.setdefault(together[i], []).append((row[i], row[-1]))
+    for parameter in columns:
+        if query.values(parameter):
+            clause, values = where(table, query, without=parameter)
+            found[parameter] = con.execute(
+                f"SELECT {columns[parameter]} AS f, count(*) FROM rows{clause} GROUP BY f", values
+            ).fetchall()
+    lists = {
+        "error": "errors",
+        **{f"is.{c.name}": _items(c) for c in table.columns.values() if c.kind == "list" and c.name != "errors"},
+    }
+    for parameter, items in lists.items():
+        clause, values = where(table, query, without=parameter)
+        found[parameter] = con.execute(
+            f"SELECT f, count(*) FROM (SELECT unnest({items}) AS f FROM rows{clause}) WHERE f IS NOT NULL GROUP BY f "
+            f"ORDER BY count(*) DESC, f LIMIT {4 * ENTRIES}",
+            values,
+        ).fetchall()
+    made = []
+    for parameter in [*FACETS, "error", *(p for p in found if p not in FACETS and p != "error")]:
+        entries = sorted(found.get(parameter, []), key=lambda e: (-e[1], e[0]))
+        chosen = query.values(parameter)
+        if chosen or any(value for value, _ in entries):
+            shown = [e for i, e in enumerate(entries) if i < ENTRIES or e[0] in chosen]
+            shown += [(value, 0) for value in chosen if value not in {v for v, _ in entries}]
+            made.append(Facet(parameter, parameter.removeprefix("is."), shown))
+    return made
+
+
+def _is_facet(column: Column) -> bool:
+    skip = {*FACETS.values(), "key", "reason", "keep.keep", "keep.reason", "sample.sha256", "sample.id"}
+    return column.kind in ("category", "flag") and column.name not in skip and not column.name.endswith(".error")
+
+
+def histogram(
+    con: duckdb.DuckDBPyConnection, table: Table, query: Query, name: str, bins: int = BINS
+) -> dict[str, Any]:
+    """Counts of a number over equal bins, on a logarithmic axis when its values are positive and spread over decades.
+
+    Returns:
+        `column`, `log`, `edges` (bins + 1), `counts` by state, `count`, `missing` (null or not finite).
+    """
+    column = table.column(name)
+    clause, values = where(table, query)
+    finite = f"isfinite({column.quoted}::DOUBLE)"
+    low, high, middle, seen, total = con.execute(
+        f"SELECT min(v), max(v), approx_quantile(v, 0.5), count(v), count(*) FROM "
+        f"(SELECT CASE WHEN {finite} THEN {column.quoted}::DOUBLE END AS v FROM rows{clause})",
+        values,
+    ).fetchall()[0]
+    made: dict[str, Any] = {
+        "column": name,
+        "log": False,
+        "edges": [],
+        "counts": {},
+        "count": seen,
+        "missing": total - seen,
+    }
+    if not seen:
+        return made
+    made["log"] = low > 0 and high / low > 50 and (high - middle) > 3 * (middle - low)
+    whole = con.execute(f"SELECT typeof({column.quoted}) FROM rows LIMIT 1").fetchall()[0][0] not in ("DOUBLE", "FLOAT")
+    if made["log"]:
+        edges = [low * (high / low) ** (i / bins) for i in range(bins + 1)]
+    elif whole and high - low < bins:  # one bin a value
+        edges = [low + i for i in range(int(high - low) + 2)]
+    else:
+        width = (high - low) / bins or 1.0
+        edges = [low + i * width for i in range(bins + 1)]
+    made["edges"] = [float(f"{edge:.12g}") for edge in edges]
+    last = len(edges) - 2
+    position = (
+        f"least({last}, greatest(0, floor((ln(v) - ln({low!r})) / {math.log(high / low) / bins!r})::INTEGER))"
+        if made["log"]
+        else f"least({last}, greatest(0, floor((v - {low!r}) / {edges[1] - edges[0]!r})::INTEGER))"
+    )
+    rows = con.execute(
+        f"SELECT state, {position} AS b, count(*) FROM (SELECT state, {column.quoted}::DOUBLE AS v FROM rows{clause}"
+        f"{' AND' if clause else ' WHERE'} {finite}) GROUP BY ALL",
+        values,
+    ).fetchall()
+    for state, position, number in rows:
+        made["counts"].setdefault(state, [0] * (last + 1))[position] += number
+    return made
+
+
+def described(query: Query) -> str:
+    """A question in words, for a page's heading."""
+    parts = [
+        f"{name.removeprefix('is.')}: {' or '.join(v or '(none)' for v in values)}" for name, values in query.equal
+    ]
+    parts += [f"{name} ≥ {value:g}" for name, value in query.least] + [
+        f"{name} ≤ {value:g}" for name, value in query.most
+    ]
+    if query.text:
+        parts.append(f"“{query.text}” in {query.within or 'any text'}")
+    return ", ".join(parts)
