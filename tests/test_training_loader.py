@@ -26,6 +26,7 @@ from vlmflow.training import loader as loading
 from vlmflow.training.examples import Part
 from vlmflow.training.loader import Loader, Micro
 from vlmflow.training.plan import Item
+from vlmflow.vision.image import decode
 
 SHARDS, ROWS = 6, 4
 
@@ -146,8 +147,8 @@ def encode(item: Item, found: Sample, row: Any) -> list[Part]:
     return [Part(ids, np.ones(len(ids), dtype=bool), [1] * len(found.images))]
 
 
-def tile(image: Any, max_tiles: int) -> np.ndarray:
-    return np.asarray(image.resize((8, 8)))[None]
+def tile(data: bytes, max_tiles: int) -> np.ndarray:
+    return np.asarray(decode(data).resize((8, 8)))[None]
 
 
 def loader(made: Any, scratch: Path, **options: Any) -> Loader:
@@ -196,13 +197,13 @@ def test_batches_do_not_depend_on_threads_or_store(
     shards = uploaded(store, local)
     turn, waiting = threading.Condition(), []
 
-    def uneven(image: Any, max_tiles: int) -> np.ndarray:
+    def uneven(data: bytes, max_tiles: int) -> np.ndarray:
         with turn:
             waiting.append(object())
             mine = len(waiting)
             turn.notify_all()
             turn.wait_for(lambda: len(waiting) > mine, timeout=0.02)
-        return tile(image, max_tiles)
+        return tile(data, max_tiles)
 
     assert same(read(loader(plan(shards), tmp_path, workers=4, tile=uneven)), expected)
 
@@ -285,7 +286,7 @@ def test_a_shard_deleted_while_training_is_named(
 
 
 def test_errors_of_workers_name_the_sample(local: Manifest, tmp_path: Path) -> None:
-    def broken(image: Any, max_tiles: int) -> np.ndarray:
+    def broken(data: bytes, max_tiles: int) -> np.ndarray:
         raise ValueError("cannot cut")
 
     with pytest.raises(DataError, match=r"sample k\d+ of file://.*cannot be prepared: ValueError: cannot cut"):

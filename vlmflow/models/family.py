@@ -22,9 +22,11 @@ class Family:
     """Functions and names of one family.
 
     Attributes:
-        tile: (image, tiling) -> uint8 [t, S, S, 3]. `tiling` is anything with `.tile` and `.max_tiles` (a recipe's
+        tile: (image, tiling, size=None) -> uint8 [t, S, S, 3]; `size` is the whole picture's (width, height) when the
+            image was decoded at a smaller scale. `tiling` is anything with `.tile` and `.max_tiles` (a recipe's
             `model.tiling` or a model's config) or a dict of them.
         tiles_for: (width, height, tiling) -> t, from the size alone; equals len(tile(image)).
+        pixels_for: (width, height, tiling) -> (width, height) that tiles are cut from; no image need be larger.
         tokens_per_tile: config -> visual tokens of a tile.
         expand: (segments, tokenizer, tile_counts, config) -> (ids, target mask).
         positions: ids -> position ids; 1-D [N] for ordinary RoPE.
@@ -39,6 +41,7 @@ class Family:
     name: str
     tile: Callable[..., np.ndarray]
     tiles_for: Callable[..., int]
+    pixels_for: Callable[..., tuple[int, int]]
     tokens_per_tile: Callable[[Any], int]
     expand: Callable[..., tuple[list[int], list[bool]]]
     positions: Callable[[Sequence[int]], np.ndarray]

@@ -114,7 +114,7 @@ class Loader:
 
     Args:
         encoder: (item, sample, row of its text layer) -> parts (see `examples.Encoder`).
-        tile: (PIL image, tile limit) -> uint8 [t, S, S, 3].
+        tile: (stored image, tile limit) -> uint8 [t, S, S, 3].
         positions: (ids) -> position ids.
         dummy: ids of a segment with exactly one tile, added to packs without an image, so that every rank runs the
             vision tower in every micro-batch and no collective waits for ever (spec: training.md B.3).
@@ -130,7 +130,7 @@ class Loader:
         self,
         plan: Plan,
         encoder: Callable[[Item, Sample, dict[str, Any] | None], list[Part]],
-        tile: Callable[[Any, int], np.ndarray],
+        tile: Callable[[bytes, int], np.ndarray],
         positions: Callable[[Any], np.ndarray],
         dummy: list[int],
         side: int,
@@ -217,11 +217,9 @@ class Loader:
 
     def _tiles(self, sample: Sample, expected: list[int], max_tiles: int) -> list[np.ndarray]:
         """Tiles of the first images of a sample; as many of each as are expected."""
-        from vlmflow.vision.image import decode
-
         made = []
         for number, (data, count) in enumerate(zip(sample.images, expected, strict=False)):
-            found = self.tile(decode(data), max_tiles)
+            found = self.tile(data, max_tiles)
             if len(found) != count:
                 raise DataError(
                     f"image {number} gives {len(found)} tiles but {count} were expected from its recorded width and height; the "

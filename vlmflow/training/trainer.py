@@ -97,9 +97,14 @@ class Trainer:
         self.side = int(np.shape(blank)[1])
         self.dummy, _ = family.expand([Segment(image=0)], self.tokenizer, [1], config)
 
-    def tile(self, image: Any, max_tiles: int) -> Any:
-        """Tiles of an image under the tile limit of its phase, uint8 [t, S, S, 3]."""
-        return self.family.tile(image, {"tile": self.side, "max_tiles": max_tiles})
+    def tile(self, data: bytes, max_tiles: int) -> Any:
+        """Tiles of a stored image under the tile limit of its phase, uint8 [t, S, S, 3]."""
+        from vlmflow.vision.image import decode_scaled
+
+        tiling = {"tile": self.side, "max_tiles": max_tiles}
+        least = (lambda *size: self.family.pixels_for(*size, tiling)) if self.stage.decode == "scaled" else None
+        image, size = decode_scaled(data, least)
+        return self.family.tile(image, tiling, size)
 
     def run(self) -> None:
         """Train from the newest checkpoint to the last step.

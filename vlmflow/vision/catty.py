@@ -100,16 +100,27 @@ def catty_count(width: int, height: int, tile: int = 336, max_tiles: int = 8) ->
     return catty_plan(width, height, tile, max_tiles).tiles
 
 
-def catty_tiles(image: Image.Image, tile: int = 336, max_tiles: int = 8) -> np.ndarray:
+def catty_pixels(width: int, height: int, tile: int = 336, max_tiles: int = 8) -> tuple[int, int]:
+    """Size to which `catty_tiles` brings an image of this size before it cuts: more pixels are not needed."""
+    return catty_plan(width, height, tile, max_tiles).resized
+
+
+def catty_tiles(
+    image: Image.Image, tile: int = 336, max_tiles: int = 8, size: tuple[int, int] | None = None
+) -> np.ndarray:
     """Cut `image` into CATTY tiles: uint8 array [tiles, tile, tile, 3], windows row by row, thumbnail last.
+
+    `size` is that of the whole picture when `image` was decoded at a smaller scale (at least `catty_pixels`); it is then
+    resized once, also where an extreme ratio is mended.
 
     The thumbnail is the resized picture squashed to a square, and is there even for a single window (official code).
     Resampling is PIL bilinear. Normalisation is the model's work, on the device.
     """
     if image.mode != "RGB":
         image = image.convert("RGB")
-    plan = catty_plan(image.width, image.height, tile, max_tiles)
-    if plan.shrunk != image.size:
+    whole = size or image.size
+    plan = catty_plan(*whole, tile, max_tiles)
+    if plan.shrunk != whole == image.size:
         image = image.resize(plan.shrunk, Image.Resampling.BILINEAR)
     if plan.resized != image.size:
         image = image.resize(plan.resized, Image.Resampling.BILINEAR)

@@ -10,12 +10,17 @@ from PIL import Image
 
 from vlmflow.models.chat import IMAGE, Segment
 from vlmflow.models.family import Family, expand_runs, limits, masked_labels, sequential_positions, special_id
-from vlmflow.vision.catty import catty_count, catty_tiles
+from vlmflow.vision.catty import catty_count, catty_pixels, catty_tiles
 
 
-def tile(image: Image.Image, tiling: Any) -> np.ndarray:
+def tile(image: Image.Image, tiling: Any, size: tuple[int, int] | None = None) -> np.ndarray:
     """CATTY tiles, uint8 [t, S, S, 3], thumbnail last."""
-    return catty_tiles(image, *limits(tiling))
+    return catty_tiles(image, *limits(tiling), size)
+
+
+def pixels_for(width: int, height: int, tiling: Any) -> tuple[int, int]:
+    """Size that tiles of an image of this size are cut from."""
+    return catty_pixels(width, height, *limits(tiling))
 
 
 def tiles_for(width: int, height: int, tiling: Any) -> int:
@@ -50,6 +55,7 @@ POINTS = Family(
     name="points",
     tile=tile,
     tiles_for=tiles_for,
+    pixels_for=pixels_for,
     tokens_per_tile=tokens_per_tile,
     expand=expand,
     positions=sequential_positions,
