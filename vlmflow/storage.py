@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
+from vlmflow import storage_cache
 from vlmflow.digest import digest, sha256_file
 from vlmflow.errors import DataError, StorageError
 
@@ -160,6 +161,8 @@ def cached(
 ) -> Path:
     """A local path of an object: in place for ``file://``, else downloaded once into the scratch cache.
 
+    The cache is bounded (`storage_cache`): who reads the file later than at once holds it by `storage_cache.hold`.
+
     Args:
         sha256: expected content; a stored copy that differs is refused.
         belongs_to: for objects without a recorded hash, the hash of what they describe: the same address may hold
@@ -175,7 +178,11 @@ def cached(
         _verify(uri, path, sha256)
         return path
     path = cache_path(uri, sha256 or digest([uri, belongs_to]), scratch)
-    if not path.exists():
+    if path.exists():
+        storage_cache.touch(path)
+    else:
+        if path.parent.exists():
+            storage_cache.trim(path.parent)
         # verified before it gets its name: a kill in between leaves nothing that would be trusted later
         arriving = path.with_name(f".{secrets.token_hex(8)}.tmp")
         try:

@@ -17,7 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from vlmflow import storage
+from vlmflow import storage, storage_cache
 from vlmflow.dataset.manifest import ShardRef, adopted_identity
 from vlmflow.dataset.sample import IMAGE_EXTENSIONS, Sample
 from vlmflow.digest import canonical, sha256_bytes, sha256_file
@@ -121,9 +121,12 @@ class ShardReader:
 
     @cached_property
     def path(self) -> Path:
-        """The tar on local disk, fetched and verified when first needed: keys come from the index alone."""
+        """The tar on local disk, fetched and verified when first needed (keys come from the index alone), and there as long
+        as the reader."""
         try:
-            return storage.cached(self.uri, self._ref.content if self._ref else None, self._scratch)
+            found = storage.cached(self.uri, self._ref.content if self._ref else None, self._scratch)
+            self.__dict__.setdefault("_file", self._open(found))
+            return found
         except DataError as error:
             if self._ref and self._ref.meta:  # somebody else's file: nothing of ours to delete
                 raise DataError(
@@ -156,9 +159,13 @@ class ShardReader:
     @cached_property
     def _file(self) -> int:
         """The open tar: one descriptor for all reads, closed with the reader."""
-        file = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        weakref.finalize(self, os.close, file)
-        return file
+        path = self.path
+        return self.__dict__["_file"] if "_file" in self.__dict__ else self._open(path)
+
+    def _open(self, path: Path) -> int:
+        descriptor = storage_cache.hold(path)
+        weakref.finalize(self, os.close, descriptor)
+        return descriptor
 
     def _bytes(self, offset: int, length: int) -> bytes:
         return os.pread(self._file, length, offset)  # no shared position: safe from several threads
