@@ -26,7 +26,7 @@ def files(root: Path) -> dict[str, bytes]:
 
 def rows(server, count: int, start: int = 0) -> list[dict]:
     shared = [{"url": server.url(f"/img/{start + i % 50}"), "text": f"text {i % 50}"} for i in range(count)]
-    return shared + [{"url": server.url(f"/status/404?{start}"), "text": "gone"}]
+    return [*shared, {"url": server.url(f"/status/404?{start}"), "text": "gone"}]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 99])
