@@ -2,7 +2,11 @@
 
 A server's Content-Type is a claim. The kind is sniffed from the first bytes, the size read from the header (a 2.6 MB PNG
 of 30,000 x 30,000 pixels costs 5 GB to decode, spec/data-eval-soup.md 1.2), and only then is the picture decoded once to
-prove that it is whole; JPEG at 1/8 scale, which reads the whole bit stream for a third of the time.
+prove that it is whole; JPEG at 1/8 scale, which reads the whole bit stream for a third of the time. A bit that flipped inside
+a JPEG's pixel data stays unseen: its decoder only warns, and Pillow does not pass the warning on; PNG has checksums.
+
+Kept are the bytes as they came, with orientation tag and colour profile. What is another file at the same time (an archive,
+page or script inside an image) is refused: such files are made to be served as that other thing.
 """
 
 from __future__ import annotations
@@ -11,6 +15,16 @@ import io
 import re
 import warnings
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vlmflow.curation.resize import resized, target
+from vlmflow.digest import sha256_bytes
+from vlmflow.vision.rgb import to_rgb
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from vlmflow.recipe.data import ResizeSpec
 
 KEPT = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # stored as they came
 CONVERTED = {"GIF": "gif", "BMP": "bmp", "TIFF": "tiff"}  # first frame stored as PNG, lossless
@@ -22,7 +36,10 @@ _MAGIC = [
     (b"II*\x00", "TIFF"),
     (b"MM\x00*", "TIFF"),
 ]
-_ORIENTATION = 0x0112  # EXIF tag; values 5 to 8 swap width and height
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+_SCRIPT = re.compile(rb"<(?:!doctype html|html|script|\?php)", re.IGNORECASE)
+_SCRIPT_EDGE = 64 << 10  # bytes at the beginning, and a sixteenth of it at the end, in which scripts are looked for
+_RAR_ENDS = (b"\xc4\x3d\x7b\x00\x40\x07\x00", b"\x1d\x77\x56\x51\x03\x05\x04\x00")
 
 
 class Rejected(Exception):
@@ -35,13 +52,26 @@ class Rejected(Exception):
 
 @dataclass(frozen=True)
 class Accepted:
-    """An image fit for a shard. Width and height in pixels as displayed, i.e. after EXIF orientation."""
+    """An image fit for a shard. Width and height in pixels as displayed, i.e. after EXIF orientation.
+
+    The last three are set where `data` are not the bytes that came: the format they had, their sha256, and their size.
+    """
 
     data: bytes
     format: str
     width: int
     height: int
     converted_from: str | None = None
+    source_sha256: str | None = None
+    resized_from: tuple[int, int] | None = None
+
+    def about(self, sha256: str) -> dict[str, Any]:
+        """The image's entry in a sample's ``meta["images"]``; `sha256` is that of `data`."""
+        entry: dict[str, Any] = {"sha256": sha256, "width": self.width, "height": self.height, "format": self.format}
+        for name in ("converted_from", "source_sha256", "resized_from"):
+            if (value := getattr(self, name)) is not None:
+                entry[name] = list(value) if isinstance(value, tuple) else value
+        return entry
 
 
 def sniff(data: bytes) -> str | None:
@@ -52,11 +82,11 @@ def sniff(data: bytes) -> str | None:
     return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
-def accept(data: bytes, max_pixels: int) -> Accepted:
-    """Check one image and, where its format is not one that shards keep, convert it to PNG.
+def accept(data: bytes, max_pixels: int, resize: ResizeSpec | None = None) -> Accepted:
+    """Check one image; convert it to PNG where its format is not one that shards keep, or shrink it as `resize` asks.
 
     Raises:
-        Rejected: not_an_image, too_many_pixels or corrupt.
+        Rejected: not_an_image, polyglot, too_many_pixels or corrupt.
     """
     from PIL import Image
 
@@ -67,6 +97,8 @@ def accept(data: bytes, max_pixels: int) -> Accepted:
             "HTML" if b"<html" in head or head.startswith(b"<!doctype") else "SVG" if b"<svg" in head else "other data"
         )
         raise Rejected("not_an_image", f"the first bytes announce {looks}, not JPEG, PNG, WebP, GIF, BMP or TIFF")
+    if other := _other_file(data):
+        raise Rejected("polyglot", f"a {kind} that is {other} too")
     warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
     formats = ["JPEG", "MPO"] if kind == "JPEG" else [kind]
     try:
@@ -76,10 +108,15 @@ def accept(data: bytes, max_pixels: int) -> Accepted:
                 raise Rejected(
                     "too_many_pixels", f"{width} x {height} = {width * height} pixels, the limit is {max_pixels}"
                 )
-            if image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8):
+            if kind != "TIFF" and image.getexif().get(0x0112, 1) in _TURNED:  # Pillow turns TIFF itself
                 width, height = height, width
+            if resize and (size := target(width, height, resize)):
+                shrunk = resized(image, size, resize)
+                before = CONVERTED.get(kind)
+                return Accepted(shrunk, resize.format, *size, before, sha256_bytes(data), (width, height))
             if kind in CONVERTED:
-                return Accepted(_to_png(image), "png", width, height, CONVERTED[kind])
+                png = _to_png(image)
+                return Accepted(png, "png", width, height, CONVERTED[kind], sha256_bytes(data))
             if kind == "JPEG":
                 image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
             image.load()
@@ -94,13 +131,31 @@ def accept(data: bytes, max_pixels: int) -> Accepted:
     return Accepted(data, KEPT[kind], width, height)
 
 
-def _to_png(image: object) -> bytes:
-    from PIL import Image, ImageOps
+def _other_file(data: bytes) -> str | None:
+    """What else the bytes of an image are, by the marks that the other format's readers go by; None for nothing."""
+    end = data.rfind(b"PK\x05\x06", max(0, len(data) - 65557))  # a ZIP's directory ends the file, after its comment's length
+    if end >= 0 and end + 22 + int.from_bytes(data[end + 20 : end + 22], "little") == len(data):
+        return "a ZIP archive"
+    if b"%PDF-" in data[:1024]:
+        return "a PDF"
+    if data.endswith(_RAR_ENDS):
+        return "a RAR archive"
+    found = _SCRIPT.search(data, 0, _SCRIPT_EDGE) or _SCRIPT.search(data, max(0, len(data) - _SCRIPT_EDGE // 16))
+    return f"a page or script ({found[0].decode()})" if found else None
 
-    assert isinstance(image, Image.Image)
+
+def _to_png(image: Image.Image) -> bytes:
+    """The first frame, lossless in 8 bits and in 16-bit grey; what PNG cannot hold (32-bit, float) as training sees it."""
+    from PIL import ImageOps
+
+    image.seek(0)
     still = ImageOps.exif_transpose(image)
-    if still.mode not in ("1", "L", "LA", "RGB", "RGBA", "I;16"):
-        still = still.convert("RGBA" if "transparency" in still.info or still.mode in ("PA", "RGBa") else "RGB")
+    if still.mode == "I;16B":
+        still = still.convert("I").convert("I;16")
+    if "transparency" in still.info or still.mode in ("PA", "RGBa", "La"):
+        still = still.convert("RGBA")
+    elif still.mode not in ("1", "L", "LA", "RGB", "RGBA", "I;16"):
+        still = to_rgb(still)
     out = io.BytesIO()
     still.save(out, "PNG")
     return out.getvalue()

@@ -14,7 +14,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     greyscale is scaled to 8 bits. The image must be loaded or loadable; Pillow's errors pass through."""
     image = ImageOps.exif_transpose(image)  # always a copy
     mode = image.mode
-    if mode == "RGB":
+    if mode == "RGB" and "transparency" not in image.info:
         return image
     if mode.startswith("I;16") or mode in ("I", "F"):
         values = np.asarray(image, dtype=np.float64)
