@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +120,19 @@ class Spool:
     def forget_refusals(self) -> None:
         """A verdict against the dataset asks for one more look at what failed."""
         (self.folder / REFUSED).unlink(missing_ok=True)
+
+
+class Images(Sequence[bytes]):
+    """Images of one sample, read when they are looked at: a row may name hundreds of large ones."""
+
+    def __init__(self, spool: Spool, images: list[Spooled]) -> None:
+        self._spool, self._images = spool, images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, place: Any) -> Any:
+        return self._spool.read(self._images[place])
 
 
 def discard(folder: Path) -> None:
