@@ -72,6 +72,8 @@ class Server:
         if kind == "table":
             rows = "".join(f"{self.url(f'/img/{i}')},text {i}\n" for i in range(int(rest.removesuffix(".csv"))))
             return web.Response(text="url,text\n" + rows)
+        if kind == "gone":
+            return web.Response(status=410, text="no")
         if kind == "status":
             return web.Response(status=int(rest), text="no")
         if kind == "redirect":

@@ -52,6 +52,12 @@ class Cells:
         self._slots = asyncio.Semaphore(_AT_A_TIME)
         self.bytes = 0
 
+    async def __aenter__(self) -> Cells:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self._file = None
+
     def add(self, data: bytes) -> Cell:
         """Keep bytes for as long as the returned cell lives. Raises OSError when the disk is full."""
         url = address(data)
@@ -92,7 +98,10 @@ def images_of(value: Any) -> tuple[list[tuple[bytes, str | None]], str | None]:
         data, path = (item.get("bytes"), item.get("path")) if isinstance(item, dict) else (item, None)
         if not isinstance(data, bytes):
             if isinstance(path, str):
-                return [], f"image {number} is the path '{path}' without bytes; for files that lie in a store set image_root"
+                return (
+                    [],
+                    f"image {number} is the path '{path}' without bytes; for files that lie in a store set image_root",
+                )
             return [], f"image {number} is a {type(item).__name__}, not bytes or {{bytes, path}}"
         found.append((data, path if isinstance(path, str) and path else None))
     return found, None

@@ -1,10 +1,11 @@
-"""Many URLs, each under one deadline, each ending in bytes or in a reason.
+"""Many URLs, each under one deadline, each ending in a body or in a reason.
 
 Link lists from the web contain everything: dead hosts, endless bodies, servers that drip one byte a second, pages that
 claim to be JPEGs, redirects into the cluster. Measured on img2dataset (spec/data-eval-soup.md 1.2) each of these costs
-gigabytes, hours or a hang. Here a URL has one total deadline over all its attempts, a byte cap that holds also for
-compressed bodies, a redirect limit with the address guard at every hop, and a bounded number of retries; the answer is
-a value, never an exception, so that a caller can count reasons row by row.
+gigabytes, hours or a hang. Here a URL has one total deadline over all its attempts, a limit for the first byte and one
+for the rate, a byte cap that holds also for compressed bodies, a redirect limit with the address guard at every hop, and
+a bounded number of retries; the answer is a value, never an exception, so that a caller can count reasons row by row.
+Bodies that are not small wait on disk, so memory does not grow with what servers send.
 """
 
 from __future__ import annotations
@@ -12,21 +13,31 @@ from __future__ import annotations
 import asyncio
 import time
 import zlib
-from collections import defaultdict
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
+from pathlib import Path
+from tempfile import SpooledTemporaryFile
 from typing import Any
-from urllib.parse import urljoin, urlsplit
 
 from vlmflow import __version__
+from vlmflow.curation.connect import connector
 from vlmflow.curation.guards import ForbiddenAddress, is_public, literal_address, opted_out
+from vlmflow.curation.hosts import Hosts, Slots, retry_after
 
 USER_AGENT = f"vlmflow/{__version__} (+image dataset puller; honours X-Robots-Tag)"
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
+BUSY = frozenset({"http_429", "http_503"})  # the host asks to be left alone for a while
 # Reasons that another attempt on another day may cure; all others are properties of the URL or of its content.
-TRANSIENT = frozenset({"refused", "unreachable", "connect_timeout", "timeout", "dns", "disconnected", "http_429"})
+TRANSIENT = frozenset(
+    {"refused", "unreachable", "connect_timeout", "timeout", "first_byte_timeout", "too_slow", "dns", "disconnected"}
+    | {"http_429", "robots_unknown"}
+)
+SLOW_GRACE = 5.0  # seconds of a body before its rate is judged
+IN_MEMORY = 16 << 20  # bytes of bodies in memory over all open requests; the rest of each waits on disk
+STEP = 64 << 10  # bytes of a compressed body that are unpacked at a time
+
+Use = Callable[["SpooledTemporaryFile[bytes]"], Awaitable[Any]]
 
 
 def is_transient(reason: str) -> bool:
@@ -42,6 +53,8 @@ class Limits:
     per_host: int = 16
     timeout: float = 10.0  # network time of one URL, all attempts together; waits between attempts not counted
     connect_timeout: float = 5.0
+    first_byte_timeout: float = 10.0  # from a request to the head of its answer
+    min_rate: int = 0  # bytes per second of a body, judged after SLOW_GRACE; 0 = no limit
     max_bytes: int = 20_000_000
     redirects: int = 5
     retries: int = 2
@@ -49,57 +62,73 @@ class Limits:
     retry_after_cap: float = 30.0
     allow_hosts: frozenset[str] = frozenset()
     user_agent: str = USER_AGENT
-    dead_after: int = 16  # refused connections in a row, and no answer ever, after which a host gets no more retries
+    robots_txt: bool = False
+    dead_after: int = 16  # failed connections in a row, and no answer ever, after which a host gets no more retries
+
+    @property
+    def agent(self) -> str:
+        """The product name by which X-Robots-Tag and robots.txt may speak to us."""
+        return self.user_agent.split("/")[0].lower()
 
 
 @dataclass(frozen=True)
 class Fetched:
-    """What became of one URL: `data`, or `reason` (a code) and `detail` (for people)."""
+    """What became of one URL: its body (`file`; `used` if a function took it), or `reason` (a code) and `detail` (for people)."""
 
     url: str
-    data: bytes | None = None
+    file: SpooledTemporaryFile[bytes] | None = None
     reason: str | None = None
     detail: str = ""
+    used: Any = None
+
+    @property
+    def data(self) -> bytes | None:
+        """The whole body in memory."""
+        if self.file is None:
+            return None
+        self.file.seek(0)
+        return self.file.read()
 
 
 class _Failure(Exception):
-    """Ends an attempt; `retry_after` None means that no further attempt can help."""
+    """Ends an attempt; `wait` None means that no further attempt can help, else how long the server asks for."""
 
-    def __init__(self, reason: str, detail: str = "", retry_after: float | None = None, connecting: bool = False):
+    def __init__(self, reason: str, detail: str = "", wait: float | None = None, connecting: bool = False):
         super().__init__(reason)
-        self.reason, self.detail, self.retry_after, self.connecting = reason, detail, retry_after, connecting
-
-
-@dataclass
-class _Host:
-    """What is known about one host: its connection slots, when it wants to be left alone, whether it lives."""
-
-    slots: asyncio.Semaphore
-    quiet_until: float = 0.0
-    answered: bool = False
-    refused: int = 0
+        self.reason, self.detail, self.wait, self.connecting = reason, detail, wait, connecting
 
 
 @dataclass
 class Fetcher:
-    """An asyncio HTTP client for many URLs: `async with Fetcher(limits) as f: result = await f.get(url)`."""
+    """An asyncio HTTP client for many URLs: `async with Fetcher(limits) as f: result = await f.get(url)`.
+
+    Args:
+        folder: where bodies above a few hundred kB wait, as files without a name; None = the system's temp folder.
+    """
 
     limits: Limits = field(default_factory=Limits)
+    folder: Path | None = None
 
     async def __aenter__(self) -> Fetcher:
         import aiohttp
 
+        from vlmflow.curation.robots import Robots
+
         limits = self.limits
-        self._hosts: dict[str, _Host] = defaultdict(lambda: _Host(asyncio.Semaphore(limits.per_host)))
-        self._slots = asyncio.Semaphore(limits.concurrency)
-        connector = aiohttp.TCPConnector(limit=0, resolver=_guarded_resolver(limits.allow_hosts), ttl_dns_cache=300)
+        self.bytes = 0  # of bodies, so far
+        self._folder = str(self.folder) if self.folder else None
+        self._hosts = Hosts(limits.per_host, limits.dead_after)
+        self._slots = Slots(limits.concurrency)
+        self._robots = Robots(self._plain, limits.agent) if limits.robots_txt else None
+        self._held = max(16 << 10, min(256 << 10, IN_MEMORY // limits.concurrency))
         self._session = aiohttp.ClientSession(
-            connector=connector,
+            connector=connector(limits.allow_hosts),
             headers={"User-Agent": limits.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_timeout),
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
+            read_bufsize=min(STEP, self._held),
         )
         return self
 
@@ -108,101 +137,147 @@ class Fetcher:
 
     def dead_hosts(self) -> list[str]:
         """Hosts (name:port) that never answered and refused every connection."""
-        return sorted(name for name, host in self._hosts.items() if host.refused and not host.answered)
+        return self._hosts.dead()
 
-    async def get(self, url: str) -> Fetched:
-        """Fetch one URL. Never raises for what the network or the server does; see `Fetched.reason`."""
+    async def get(self, url: str, use: Use | None = None) -> Fetched:
+        """Fetch one URL. Never raises for what the network or the server does; see `Fetched.reason`.
+
+        `use` is awaited with the body while the URL still counts as an open request, so bodies that wait for it are as
+        many as the limits allow; what it returns is `Fetched.used`, and the body is closed.
+        """
         limits, spent, tries = self.limits, 0.0, 0
         try:
-            self._check(url)
-            host = self._hosts[_host_key(url)]
+            parsed = self._parse(url)
+            host = self._hosts[place(parsed)]
+            if self._robots:
+                self._obey(await self._robots.verdict(parsed))
         except _Failure as error:
             return Fetched(url, None, error.reason, error.detail)
-        except ValueError:
-            return Fetched(url, None, "bad_url", "not a URL")
         while True:
-            await asyncio.sleep(max(0.0, host.quiet_until - time.monotonic()))
-            async with host.slots, self._slots:
-                start = time.monotonic()
-                try:
-                    async with asyncio.timeout(max(limits.timeout - spent, 0.001)):
-                        data = await self._attempt(url)
-                    host.answered = True
-                    return Fetched(url, data)
-                except TimeoutError:
-                    return Fetched(url, None, "timeout", f"not finished within {limits.timeout:g} s")
-                except _Failure as error:
-                    failure = error
-                finally:
-                    spent += time.monotonic() - start
-            host.answered |= not failure.connecting
-            host.refused += failure.connecting
-            dead = not host.answered and host.refused >= limits.dead_after
+            async with host.slots:
+                await host.quiet()
+                if (given_up := host.given_up()) is not None:
+                    return Fetched(url, None, "unreachable", given_up)
+                async with self._slots:
+                    start = time.monotonic()
+                    try:
+                        body = await self._attempt(parsed, limits.timeout - spent)
+                    except _Failure as error:
+                        failure = error
+                        spent += time.monotonic() - start
+                    else:
+                        host.answered()
+                        if use is None:
+                            return Fetched(url, body)
+                        with body:
+                            return Fetched(url, used=await use(body))
+            host.failed(failure.connecting)
             tries += 1
-            if failure.retry_after is None or tries > limits.retries or dead:
+            wait = failure.wait
+            if wait is None:
                 return Fetched(url, None, failure.reason, failure.detail)
-            if failure.retry_after > limits.retry_after_cap:
+            if wait > limits.retry_after_cap:
                 detail = f"{failure.detail}; Retry-After exceeds the cap of {limits.retry_after_cap:g} s"
                 return Fetched(url, None, failure.reason, detail)
-            if failure.retry_after > 0:  # the whole host asked for it, so every URL of the host waits
-                host.quiet_until = max(host.quiet_until, time.monotonic() + failure.retry_after)
-            else:
-                await asyncio.sleep(limits.backoff * 2 ** (tries - 1))
+            pause = wait or limits.backoff * 2 ** (tries - 1)
+            if failure.reason in BUSY:  # the whole host asked for it, so every URL of the host waits
+                host.busy(pause)
+            if tries > limits.retries or host.hopeless:
+                return Fetched(url, None, failure.reason, failure.detail)
+            if failure.reason not in BUSY:
+                await asyncio.sleep(pause)
 
-    async def _attempt(self, url: str) -> bytes:
-        """One attempt: follow redirects by hand so that the guards see every hop. Raises _Failure."""
+    async def _plain(self, url: Any) -> tuple[str | None, bytes]:
+        """(reason or None, body) of one attempt that counts as no open request: for robots.txt."""
+        try:
+            with await self._attempt(url, self.limits.timeout, robots=False) as body:
+                body.seek(0)
+                return None, body.read(STEP * 8)
+        except _Failure as error:
+            return error.reason, b""
+
+    async def _attempt(self, url: Any, seconds: float, robots: bool = True) -> SpooledTemporaryFile[bytes]:
+        """One attempt within `seconds`. Raises _Failure."""
+        clock = _Clock(self.limits, seconds)
+        try:
+            async with clock.timer:
+                return await self._follow(url, clock, robots)
+        except TimeoutError as error:
+            raise _Failure(*clock.verdict) from error
+
+    async def _follow(self, url: Any, clock: _Clock, robots: bool) -> SpooledTemporaryFile[bytes]:
+        """Follow redirects by hand so that the guards see every hop."""
         import aiohttp
 
-        for _ in range(self.limits.redirects + 1):
-            self._check(url)
+        for hop in range(self.limits.redirects + 1):
+            if hop:
+                url = self._parse(url)
+                if self._robots and robots:
+                    self._obey(await self._robots.verdict(url))
             try:
+                clock.asked()
                 async with self._session.get(url, allow_redirects=False) as response:
                     if response.status in REDIRECTS and "Location" in response.headers:
-                        url = urljoin(url, response.headers["Location"])
+                        url = _joined(url, response.headers["Location"])
                         continue
-                    return await self._body(response)
-            except _Failure:
-                raise
+                    return await self._body(response, clock)
             except aiohttp.ClientConnectorCertificateError as error:
                 raise _Failure("tls", "the certificate is not valid for the host") from error
             except aiohttp.ClientConnectorDNSError as error:
                 if isinstance(error.os_error, ForbiddenAddress):
                     raise _Failure("forbidden_address", str(error.os_error)) from error
-                raise _Failure("dns", f"{urlsplit(url).hostname} has no address", 0.0) from error
+                raise _Failure("dns", f"{url.host} has no address", 0.0, connecting=True) from error
             except aiohttp.ClientSSLError as error:
                 raise _Failure("tls", "no TLS connection") from error
             except aiohttp.ConnectionTimeoutError as error:
-                raise _Failure("connect_timeout", _place(url), 0.0, connecting=True) from error
+                raise _Failure("connect_timeout", place(url), 0.0, connecting=True) from error
             except aiohttp.ClientConnectorError as error:
+                if isinstance(error.os_error, ForbiddenAddress):
+                    raise _Failure("forbidden_address", str(error.os_error)) from error
                 code = "refused" if isinstance(error.os_error, ConnectionRefusedError) else "unreachable"
-                raise _Failure(code, _place(url), 0.0, connecting=True) from error
+                raise _Failure(code, place(url), 0.0, connecting=True) from error
             except (aiohttp.InvalidURL, ValueError) as error:
                 raise _Failure("bad_url", "not a URL that can be requested") from error
             except aiohttp.ClientPayloadError as error:
                 raise _Failure("truncated", "the body ended early", 0.0) from error
+            except aiohttp.ClientResponseError as error:
+                raise _Failure("bad_response", f"not HTTP as the standard has it ({error.message[:100]})") from error
             except (aiohttp.ClientError, OSError) as error:
                 if isinstance(error, TimeoutError):
                     raise
-                raise _Failure("disconnected", _place(url), 0.0) from error
+                raise _Failure("disconnected", place(url), 0.0) from error
         raise _Failure("too_many_redirects", f"more than {self.limits.redirects}")
 
-    def _check(self, url: str) -> None:
-        parts = urlsplit(url)
-        if parts.scheme.lower() not in ("http", "https"):
-            raise _Failure("bad_scheme", f"'{parts.scheme}' is neither http nor https")
-        host = (parts.hostname or "").lower()
+    def _parse(self, url: Any) -> Any:
+        """The URL as it will be requested; one parser for guard and request, so that they cannot disagree on the host.
+        Raises _Failure."""
+        import yarl
+
+        try:
+            parsed = yarl.URL(url)
+            scheme, host, _ = parsed.scheme, (parsed.raw_host or "").lower(), parsed.port
+        except (ValueError, TypeError) as error:
+            raise _Failure("bad_url", "not a URL") from error
+        if scheme not in ("http", "https"):
+            raise _Failure("bad_scheme", f"'{scheme}' is neither http nor https")
         if not host:
             raise _Failure("bad_url", "no host")
         address = literal_address(host)
         if address is not None and host not in self.limits.allow_hosts and not is_public(address):
             raise _Failure("forbidden_address", f"{host} is {address}")
+        return parsed
 
-    async def _body(self, response: Any) -> bytes:
+    @staticmethod
+    def _obey(verdict: tuple[str, str] | None) -> None:
+        if verdict is not None:
+            raise _Failure(*verdict)
+
+    async def _body(self, response: Any, clock: _Clock) -> SpooledTemporaryFile[bytes]:
         limits, status = self.limits, response.status
         if status != 200:
-            wait = _retry_after(response.headers.get("Retry-After")) if status in RETRIED_STATUS else None
+            wait = retry_after(response.headers.get("Retry-After")) if status in RETRIED_STATUS else None
             raise _Failure(f"http_{status}", f"status {status}", wait)
-        directive = opted_out(response.headers.getall("X-Robots-Tag", []), limits.user_agent.split("/")[0].lower())
+        directive = opted_out(response.headers.getall("X-Robots-Tag", []), limits.agent)
         if directive:
             raise _Failure("opted_out", f"X-Robots-Tag: {directive}")
         too_large = _Failure("too_large", f"more than {limits.max_bytes} bytes")
@@ -211,65 +286,76 @@ class Fetcher:
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
             raise _Failure("bad_encoding", f"Content-Encoding {encoding} was not asked for")
-        unzip = None if encoding in ("", "identity") else zlib.decompressobj(47 if "gzip" in encoding else 15)
-        data = bytearray()
-        async for chunk in response.content.iter_any():
-            if unzip is not None:
-                try:
-                    chunk = unzip.decompress(chunk, limits.max_bytes + 1)
-                except zlib.error as error:
-                    raise _Failure("corrupt", f"the body is not {encoding}") from error
-            data += chunk
-            if len(data) > limits.max_bytes:
-                raise too_large
-        if not data:
-            raise _Failure("empty", "the body has 0 bytes")
-        return bytes(data)
+        packed = encoding not in ("", "identity")
+        unzip = zlib.decompressobj(47 if "gzip" in encoding else 15) if packed else None
+        body, size = SpooledTemporaryFile(self._held, dir=self._folder), 0  # noqa: SIM115
+        try:
+            clock.body()
+            async for chunk in response.content.iter_any():
+                for piece in (chunk,) if unzip is None else _unpacked(unzip, chunk, encoding):
+                    size += len(piece)
+                    if size > limits.max_bytes:
+                        raise too_large
+                    body.write(piece)
+                clock.received(size)
+            if not size:
+                raise _Failure("empty", "the body has 0 bytes")
+        except BaseException:
+            body.close()
+            raise
+        self.bytes += size
+        return body
 
 
-def _guarded_resolver(allow_hosts: frozenset[str]) -> Any:
-    """A resolver that refuses hosts with a non-public address, so the check and the connection see the same answer."""
-    import aiohttp
-    from aiohttp.abc import AbstractResolver
+class _Clock:
+    """The time limits of one attempt, and which of them ended it."""
 
-    class Guarded(AbstractResolver):
-        def __init__(self) -> None:
-            self._inner = aiohttp.ThreadedResolver()
+    def __init__(self, limits: Limits, seconds: float) -> None:
+        self._limits, self._now = limits, asyncio.get_running_loop().time
+        self._deadline = self._now() + max(seconds, 0.001)
+        self._start = 0.0
+        self.timer = asyncio.timeout_at(self._deadline)
+        self.verdict = self._whole = ("timeout", f"not finished within {limits.timeout:g} s")
 
-        async def resolve(self, host: str, port: int = 0, family: Any = 0) -> Any:
-            found = await self._inner.resolve(host, port, family)
-            if host.lower() not in allow_hosts:
-                for entry in sorted(found, key=lambda e: e["host"]):
-                    if not is_public(entry["host"]):
-                        raise ForbiddenAddress(host, entry["host"])
-            return found
+    def _until(self, when: float, verdict: tuple[str, str]) -> None:
+        self.verdict = verdict if when < self._deadline else self._whole
+        self.timer.reschedule(min(when, self._deadline))
 
-        async def close(self) -> None:
-            await self._inner.close()
+    def asked(self) -> None:
+        """A request is sent."""
+        seconds = self._limits.first_byte_timeout
+        self._until(self._now() + seconds, ("first_byte_timeout", f"no answer within {seconds:g} s"))
 
-    return Guarded()
+    def body(self) -> None:
+        """The head of the answer is here."""
+        self._start = self._now()
+        self.received(0)
 
-
-def _host_key(url: str) -> str:
-    parts = urlsplit(url)
-    if not parts.hostname:
-        raise ValueError(url)
-    return f"{parts.hostname.lower()}:{parts.port or (443 if parts.scheme == 'https' else 80)}"
-
-
-def _place(url: str) -> str:
-    """The host as a person reads it: `name:port`."""
-    with suppress(ValueError):
-        return _host_key(url)
-    return "the host"
+    def received(self, size: int) -> None:
+        """So many bytes of the body are here."""
+        rate = self._limits.min_rate
+        if size and self.verdict is self._whole:  # enough came to last until the deadline
+            return
+        allowed = max(SLOW_GRACE, size / rate) if rate else self._limits.timeout
+        self._until(self._start + allowed, ("too_slow", f"below {rate} bytes per second after {SLOW_GRACE:g} s"))
 
 
-def _retry_after(value: str | None) -> float:
-    """Seconds that a Retry-After header asks for: a number or an HTTP date; 0 when absent or unreadable."""
-    if not value:
-        return 0.0
-    with suppress(ValueError):
-        return max(0.0, float(value))
-    with suppress(ValueError, TypeError):
-        return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
-    return 0.0
+def _unpacked(unzip: Any, chunk: bytes, encoding: str) -> Iterator[bytes]:
+    """A compressed chunk in small steps: 1 kB may hold a megabyte."""
+    while chunk:
+        try:
+            yield unzip.decompress(chunk, STEP)
+        except zlib.error as error:
+            raise _Failure("corrupt", f"the body is not {encoding}") from error
+        chunk = unzip.unconsumed_tail
+
+
+def _joined(url: Any, location: str) -> str:
+    import yarl
+
+    return str(url.join(yarl.URL(location)))
+
+
+def place(url: Any) -> str:
+    """The host of a parsed URL as a person reads it: `name:port`."""
+    return f"{url.host}:{url.port}"

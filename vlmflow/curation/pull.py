@@ -1,27 +1,34 @@
 """Tables of URLs become shards: the only step that talks to the web, and the only one that writes images.
 
 Rows are cut into shards by their order alone, so a shard's name (a digest of its rows and of the limits) is known before
-anything is fetched: a finished shard is found again by name, an unfinished one is fetched anew, and a killed pull that is
-started again ends in the same bytes. Original bytes are kept, which costs a twentieth of re-encoding them
-(spec/data-eval-soup.md 0). Rows that fail are written beside their shard with a reason each, never dropped in silence.
+anything is fetched: a finished shard is found again by name, an unfinished one goes on from its spool, and a killed pull
+that is started again ends in the same bytes. For the same reason shards may be pulled in groups, by any number of tasks.
+Original bytes are kept, which costs a twentieth of re-encoding them (spec/data-eval-soup.md 0). Rows that fail are written
+beside their shard with a reason each, never dropped in silence.
 """
 
 from __future__ import annotations
 
 import asyncio
-import shutil
-from collections import Counter
-from collections.abc import Iterator
+import os
+import time
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmflow.curation.fetch import Fetcher, Limits, is_transient
+from vlmflow.curation.bucket import Bucket
+from vlmflow.curation.cells import Cells
+from vlmflow.curation.fetch import Fetcher, Limits
+from vlmflow.curation.first_seen import FirstSeen
+from vlmflow.curation.judges import Judges
 from vlmflow.curation.pull_shard import Plan, Result, ShardPuller
-from vlmflow.curation.table import Row, check_columns, columns_of, count_rows, localize, read_rows
+from vlmflow.curation.pull_tally import Tally
+from vlmflow.curation.table import Row, Table, check_columns, columns_of, count_rows, localize, read_rows
 from vlmflow.dataset.manifest import Lineage, Manifest, save
-from vlmflow.digest import digest
+from vlmflow.digest import canonical, digest
 from vlmflow.errors import DataError, RecipeError, StepFailed
 
 if TYPE_CHECKING:
@@ -29,180 +36,265 @@ if TYPE_CHECKING:
 
 VERSION = 1  # raise when the same rows and limits would give other shards
 AHEAD = 3  # shards in flight, so that a slow row of one does not idle the connections
-DECODERS = 4  # threads that check images; Pillow releases the interpreter lock while it decodes
+JUDGES = 4  # threads that check images; Pillow releases the interpreter lock while it decodes
 
 
-def run(ctx: Context, dataset: str) -> Manifest:
+@dataclass(frozen=True)
+class Source:
+    """One source of the recipe with its table at hand; `first` is the number of its first shard in the dataset."""
+
+    name: str
+    spec: Any
+    table: Table
+    rows: int
+    first: int
+    shards: int
+
+
+def run(ctx: Context, dataset: str, group: Mapping[str, Any] | None = None) -> Manifest:
     """Pull all sources of one dataset of the recipe and seal its manifest.
 
+    With a `group` (of `plan_groups`) only its shards are pulled and no manifest is written; the call without a group finds
+    them and pulls what is missing: shards that a group held back because too many of their rows failed for a cause that
+    passes. An image that rows of two groups share is fetched by both.
+
     Returns:
-        A manifest whose lineage entry `pull` sums up rows, samples and failures by reason and by host.
+        A manifest whose lineage entry `pull` sums up rows, samples and failures by reason and by host; of a group, its
+        shards alone.
 
     Raises:
-        RecipeError: the recipe has no such dataset. DataError: a table lacks a column or cannot be read.
+        RecipeError: the recipe has no such dataset. DataError: a table lacks a column or cannot be read, or is not the one
+            that the groups were made of.
         StepFailed: more rows failed than `pull.failure_limit`; finished shards stay, so a rerun fetches only the rest and
             what failed.
     """
-    if dataset not in ctx.recipe.data:
-        raise RecipeError(f"data.{dataset}: no such dataset; the recipe has {sorted(ctx.recipe.data)}")
+    sources = _sources(ctx, dataset)
     pull = ctx.recipe.pull
-    sources = {name: ctx.recipe.data[dataset].sources[name] for name in sorted(ctx.recipe.data[dataset].sources)}
-    allow = frozenset(host.lower() for host in pull.allow_hosts)
-    paths = {name: localize(source.table or "", ctx.scratch, allow) for name, source in sources.items()}
-    for name, source in sources.items():  # all of them before anything is fetched
-        check_columns(paths[name], columns_of(source), f"data.{dataset}.sources.{name}")
-    total = sum(count_rows(path) for path in paths.values())
-    if not total:
-        raise DataError(
-            f"data.{dataset}: its tables have 0 rows ({', '.join(s.table or '' for s in sources.values())}); nothing to pull"
-        )
-    params = _params(pull, allow)
-    tally = _Tally(pull.failure_limit, total)
-    results: list[Result] = []
-    held = Path(ctx.scratch) / "pull-held" / digest([ctx.root, dataset, params])[:24]
-    shutil.rmtree(held, ignore_errors=True)
-    try:
-        with ctx.progress(f"pull {dataset}", total, "rows") as progress:
-            for name, source in sources.items():
-                rows = read_rows(paths[name], columns_of(source), f"data.{dataset}.sources.{name}")
-                puller = ShardPuller(ctx.root, name, source.licence, pull.max_pixels, held, pull.failure_limit)
-                plans = _plans(rows, name, pull.samples_per_shard, {**params, "licence": source.licence})
-                asyncio.run(_pull(puller, plans, _limits(pull, allow), tally, progress, results))
-        tally.check(final=True)
-        for result in results:
-            result.land()
-    except StepFailed:
-        for result in results:
-            result.doubt()
-        raise
-    finally:
-        shutil.rmtree(held, ignore_errors=True)
+    total = sum(source.rows for source in sources)
+    begin, end = 0, sum(source.shards for source in sources)
+    if group:
+        if int(group["rows"]) != total:
+            raise DataError(
+                f"data.{dataset}: its tables have {total} rows, but group {group['name']} was made of {group['rows']}: they "
+                "changed since. Run the pipeline again; finished shards are found."
+            )
+        begin, end = int(group["first"]), int(group["first"]) + int(group["shards"])
+    mine = [(source, max(begin - source.first, 0), min(end - source.first, source.shards)) for source in sources]
+    work = Path(ctx.scratch) / "pull" / digest(ctx.root)[:16]
+    work.mkdir(parents=True, exist_ok=True)
+    label = f"pull {dataset}" + (f" {group['name']}" if group else "")
+    rows = sum(_rows_of(source, pull.samples_per_shard, *span) for source, *span in mine)
+    with ctx.progress(label, rows, "rows") as progress:
+        pulling = _Pulling(ctx, dataset, Tally(pull.failure_limit, total), progress, work)
+        pulling.all([(source, first, last) for source, first, last in mine if first < last], final=not group)
+    results, tally = pulling.results, pulling.tally
+    if group:
+        return Manifest(name=dataset, shards=[r.ref for r in results if r.ref.samples and not r.held])
     lineage = Lineage(
         step="pull",
-        params={**params, "dataset": dataset, "version": VERSION, "tables": {n: s.table for n, s in sources.items()}},
-        summary=tally.summary(),
+        params={
+            **_params(pull),
+            "dataset": dataset,
+            "version": VERSION,
+            "tables": {source.name: source.spec.table for source in sources},
+        },
+        summary={**tally.summary(), "duplicate_rows": pulling.duplicates},
     )
     manifest = Manifest(name=dataset, shards=[r.ref for r in results if r.ref.samples], lineage=[lineage])
     save(manifest, ctx.root)
     return manifest
 
 
-def _params(pull: Any, allow: frozenset[str]) -> dict[str, Any]:
+def plan_groups(ctx: Context, dataset: str, count: int) -> list[dict[str, Any]]:
+    """At most `count` groups that hold every shard of a dataset once, in order, for `run`; nothing is pulled.
+
+    Returns:
+        `name` ("1", "2", ...), `first` (number of its first shard), `shards` (how many) and `rows` (of the whole dataset,
+        by which a changed table is noticed). Never empty.
+
+    Raises:
+        what `run` raises before it fetches anything.
+    """
+    sources = _sources(ctx, dataset)
+    rows, shards = sum(source.rows for source in sources), sum(source.shards for source in sources)
+    count = max(1, min(int(count), shards))
+    firsts = [index * shards // count for index in range(count + 1)]
+    return [
+        {"name": str(number + 1), "first": first, "shards": firsts[number + 1] - first, "rows": rows}
+        for number, first in enumerate(firsts[:-1])
+    ]
+
+
+def _sources(ctx: Context, dataset: str) -> list[Source]:
+    """The dataset's sources with their tables at hand, all of them checked before anything is fetched."""
+    if dataset not in ctx.recipe.data:
+        raise RecipeError(f"data.{dataset}: no such dataset; the recipe has {sorted(ctx.recipe.data)}")
+    pull, specs = ctx.recipe.pull, ctx.recipe.data[dataset].sources
+    tables = {name: localize(specs[name].table or "", ctx.scratch, _allow(pull)) for name in sorted(specs)}
+    for name, table in tables.items():
+        check_columns(table, columns_of(specs[name]), f"data.{dataset}.sources.{name}")
+    sources: list[Source] = []
+    for name, table in tables.items():
+        rows = count_rows(table)
+        first = sources[-1].first + sources[-1].shards if sources else 0
+        sources.append(Source(name, specs[name], table, rows, first, -(-rows // pull.samples_per_shard)))
+    if not sum(source.rows for source in sources):
+        raise DataError(
+            f"data.{dataset}: its tables have 0 rows ({', '.join(s.spec.table or '' for s in sources)}); nothing to pull"
+        )
+    return sources
+
+
+def _rows_of(source: Source, size: int, first: int, last: int) -> int:
+    return max(0, min(last * size, source.rows) - first * size)
+
+
+def _allow(pull: Any) -> frozenset[str]:
+    return frozenset(host.lower() for host in pull.allow_hosts)
+
+
+class _Pulling:
+    """The pull of some shards of a dataset, under way."""
+
+    def __init__(self, ctx: Context, dataset: str, tally: Tally, progress: Progress, work: Path) -> None:
+        self.ctx, self.dataset, self.tally, self.progress, self.work = ctx, dataset, tally, progress, work
+        self.results: list[Result] = []
+        self.duplicates = 0  # rows that repeat an earlier one of their source
+        self._pullers: list[ShardPuller] = []
+        self._started = time.monotonic()
+
+    def all(self, spans: list[tuple[Source, int, int]], final: bool) -> None:
+        """Pull shards `first` to `last` of each source. `final`: the verdict over the dataset falls here."""
+        try:
+            for source, first, last in spans:
+                asyncio.run(self._source(source, first, last))
+            if final:
+                self.tally.check(final=True)
+                for result in self.results:
+                    result.land()
+        except StepFailed:
+            for result in self.results:
+                result.doubt()
+            for spool in chain.from_iterable(puller.spools.values() for puller in self._pullers):
+                spool.forget_refusals()
+            raise
+        finally:
+            for result in self.results:
+                result.withdraw()
+            for spool in chain.from_iterable(puller.spools.values() for puller in self._pullers):
+                spool.close(done=False)
+
+    async def _source(self, source: Source, first: int, last: int) -> None:
+        """Fetch the shards of one source, a few at a time; results are counted in order, and a lost cause is left early."""
+        pull = self.ctx.recipe.pull
+        params = {**_params(pull), "licence": source.spec.licence}
+        if source.spec.image_root:
+            params["image_root"] = source.spec.image_root
+        urls, rows = self._look(source, first, last)
+        self.duplicates += rows.repeats
+        tasks: dict[int, asyncio.Task[Result]] = {}  # by shard; a finished one serves rows that share images
+        waiting: list[asyncio.Task[Result]] = []
+        with ThreadPoolExecutor(min(JUDGES, (os.cpu_count() or 1) + 1), thread_name_prefix="pull") as pool:
+            async with _images(source, pull, self.work) as fetcher:
+                rows_of = self._rows(source, first, last, fetcher if isinstance(fetcher, Cells) else None)
+                plans = _plans(rows_of, source.name, pull.samples_per_shard, params, urls)
+                judges = Judges(pool, pool._max_workers)
+                puller = ShardPuller(
+                    self.ctx.root,
+                    source.name,
+                    source.spec.licence,
+                    pull,
+                    self.work,
+                    fetcher.get,
+                    judges,
+                    self._advance(fetcher),
+                )
+                self._pullers.append(puller)
+                try:
+                    for plan in chain(plans, [None] * AHEAD):
+                        if plan is not None:
+                            tasks[plan.index] = asyncio.create_task(puller.pull(plan, tasks))
+                            waiting.append(tasks[plan.index])
+                        if waiting and (plan is None or len(waiting) >= AHEAD):
+                            result = await waiting[0]
+                            self.results.append(waiting.pop(0).result())
+                            self.tally.add(result, fetcher.dead_hosts())
+                            self.tally.check()
+                finally:
+                    for task in waiting:
+                        task.cancel()
+                    left = await asyncio.gather(*waiting, return_exceptions=True)
+                    self.results += [result for result in left if isinstance(result, Result)]
+
+    def _rows(self, source: Source, first: int, last: int, cells: Cells | None = None) -> Iterator[Row]:
+        size, field = self.ctx.recipe.pull.samples_per_shard, f"data.{self.dataset}.sources.{source.name}"
+        return read_rows(source.table, columns_of(source.spec), field, first * size, last * size, cells)
+
+    def _look(self, source: Source, first: int, last: int) -> tuple[FirstSeen, FirstSeen]:
+        """URLs and rows that repeat: a first pass over the table."""
+        urls, rows = FirstSeen(self.work), FirstSeen(self.work)
+        for row in self._rows(source, first, last):
+            for url in row.addresses:
+                urls.add(url.encode("utf-8", "surrogatepass"), row.index)
+            rows.add(canonical([row.urls, row.text, row.conversations, row.preferences]), row.index)
+        return urls.seal(), rows.seal()
+
+    def _advance(self, fetcher: Fetcher | Bucket | Cells) -> Any:
+        def advance(rows: int) -> None:
+            seconds = max(time.monotonic() - self._started, 1e-3)
+            done = self.progress.done + rows
+            self.progress.note(f"{done / seconds:.0f} rows/s, {fetcher.bytes / 2**20 / seconds:.1f} MiB/s")
+            self.progress.advance(rows)
+
+        return advance
+
+
+def _params(pull: Any) -> dict[str, Any]:
     """The settings that decide which rows end as samples; speed settings (concurrency) are not among them."""
-    names = ("max_bytes", "max_pixels", "timeout", "connect_timeout", "retries", "max_redirects", "samples_per_shard")
-    agent = pull.user_agent.split("/")[0].lower()  # X-Robots-Tag may speak to it by name
-    return {**{name: getattr(pull, name) for name in names}, "allow_hosts": sorted(allow), "agent": agent}
+    names = (
+        "max_bytes", "max_pixels", "timeout", "connect_timeout", "first_byte_timeout", "min_rate", "robots_txt", "retries",
+        "max_redirects", "samples_per_shard", "proof",
+    )  # fmt: skip
+    agent = pull.user_agent.split("/")[0].lower()  # X-Robots-Tag and robots.txt may speak to it by name
+    resize = pull.resize.model_dump() if pull.resize else None
+    settings = {name: getattr(pull, name) for name in names}
+    return {**settings, "resize": resize, "allow_hosts": sorted(_allow(pull)), "agent": agent}
 
 
-def _limits(pull: Any, allow: frozenset[str]) -> Limits:
+def _limits(pull: Any) -> Limits:
     return Limits(
         concurrency=pull.concurrency,
+        per_host=pull.per_host,
         timeout=pull.timeout,
         connect_timeout=pull.connect_timeout,
+        first_byte_timeout=pull.first_byte_timeout,
+        min_rate=pull.min_rate,
         max_bytes=pull.max_bytes,
         redirects=pull.max_redirects,
         retries=pull.retries,
-        allow_hosts=allow,
+        allow_hosts=_allow(pull),
         user_agent=pull.user_agent,
+        robots_txt=pull.robots_txt,
     )
 
 
-def _plans(rows: Iterator[Row], source: str, size: int, params: dict[str, Any]) -> Iterator[Plan]:
-    """Cut rows into shards in order. `owners` names the row that fetches a URL which several rows share."""
-    owner: dict[int, int] = {}  # 8 bytes of the URL's digest -> first row, so that millions of URLs fit in memory
-    seen: set[int] = set()
+def _images(source: Source, pull: Any, work: Path) -> Fetcher | Bucket | Cells:
+    """Where the images of a source come from; all answer alike."""
+    if source.spec.image_column:
+        return Cells(work / "cells", pull.max_bytes)
+    if source.spec.image_root:
+        return Bucket(source.spec.image_root, pull.max_bytes)
+    return Fetcher(_limits(pull), work)
+
+
+def _plans(rows: Iterator[Row], source: str, size: int, params: dict[str, Any], urls: FirstSeen) -> Iterator[Plan]:
+    """Cut rows into shards in order; `urls` tells which shard fetches a URL that rows share."""
     while chunk := list(islice(rows, size)):
-        index, owners, duplicates = chunk[0].index // size, {}, 0
+        index, owners = chunk[0].index // size, {}
         for row in chunk:
-            for url in row.urls:
-                owners[url] = owner.setdefault(int(digest(url)[:16], 16), row.index)
-            mark = int(digest([row.urls, row.text, row.conversations, row.preferences])[:16], 16)
-            duplicates += mark in seen
-            seen.add(mark)
+            for url in row.addresses:
+                first = urls.first(url.encode("utf-8", "surrogatepass"))
+                if first is not None and first // size < index:
+                    owners[url] = first
         name = digest({"rows": [r.fingerprint for r in chunk], "start": chunk[0].index, "version": VERSION, **params})
-        yield Plan(source, index, size, f"{source}-{name[:24]}-{index:05d}", chunk, owners, duplicates)
-
-
-async def _pull(
-    puller: ShardPuller, plans: Iterator[Plan], limits: Limits, tally: _Tally, progress: Progress, results: list[Result]
-) -> None:
-    """Fetch the shards of one source, a few at a time; results are counted in order, and a lost cause is left early."""
-    tasks: list[
-        asyncio.Task[Result]
-    ] = []  # by shard index; a finished task keeps its result for rows that share images
-    counted = 0
-    async with Fetcher(limits) as fetcher:
-        with ThreadPoolExecutor(DECODERS, thread_name_prefix="pull") as pool:
-            try:
-                for plan in chain(plans, [None] * AHEAD):
-                    if plan is not None:
-                        tasks.append(asyncio.create_task(puller.pull(plan, fetcher, pool, tasks, progress.advance)))
-                    if counted < len(tasks) - (AHEAD if plan is not None else 0):
-                        results.append(await tasks[counted])
-                        counted += 1
-                        tally.add(results[-1], fetcher.dead_hosts())
-                        tally.check()
-            finally:
-                for task in tasks[counted:]:
-                    task.cancel()
-                left = await asyncio.gather(*tasks[counted:], return_exceptions=True)
-                results += [result for result in left if isinstance(result, Result)]
-
-
-class _Tally:
-    """Rows, samples and failures so far, and the verdict over them. Holds nothing that depends on time or order."""
-
-    def __init__(self, limit: float, total: int):
-        self.limit, self.total = limit, total
-        self.rows = self.samples = self.failed = 0
-        self.counts: dict[str, Counter[str]] = {k: Counter() for k in ("reason", "host", "converted", "source")}
-        self.duplicates = self.held = 0
-        self.dead: set[str] = set()
-        self.first: dict[str, str] = {}
-
-    def add(self, result: Result, dead: list[str]) -> None:
-        self.rows += result.rows
-        self.samples += result.ref.samples
-        self.failed += len(result.failures)
-        self.duplicates += result.duplicates
-        self.held += result.held
-        self.dead |= set(dead)
-        self.counts["converted"].update(result.converted)
-        for failure in result.failures:
-            self.counts["reason"][failure["reason"]] += 1
-            self.counts["host"][failure["host"]] += 1
-            self.counts["source"][failure["source"]] += 1
-            self.first.setdefault(failure["reason"], f"{failure['key']} {failure['url'] or ''} ({failure['detail']})")
-
-    def summary(self) -> dict[str, Any]:
-        return {
-            "rows": self.rows,
-            "samples": self.samples,
-            "failed": self.failed,
-            "duplicate_rows": self.duplicates,
-            "failed_by_reason": dict(sorted(self.counts["reason"].items())),
-            "failed_by_host": dict(sorted(self.counts["host"].items())),
-            "failed_by_source": dict(sorted(self.counts["source"].items())),
-            "converted_to_png": dict(sorted(self.counts["converted"].items())),
-        }
-
-    def check(self, final: bool = False) -> None:
-        """Raise StepFailed once more rows failed than the whole table may lose."""
-        if self.failed <= self.limit * self.total and (not final or self.samples):
-            return
-        histogram = ", ".join(f"{n} x {reason}" for reason, n in self.counts["reason"].most_common())
-        examples = "; ".join(f"{reason}: {self.first[reason]}" for reason, _ in self.counts["reason"].most_common(3))
-        text = (
-            f"pull: {self.failed} of {self.rows} rows failed ({self.failed / max(self.rows, 1):.1%}; {self.total} rows in all), "
-            f"pull.failure_limit allows {self.limit:.1%}. By reason: {histogram}. First of each: {examples}."
-        )
-        if self.dead:
-            text += f" No server answers at {', '.join(sorted(self.dead))}: every connection was refused or timed out. Start it or mend the URLs."
-        if any(is_transient(reason) for reason in self.counts["reason"]):
-            text += f" {self.held} shards with such passing failures were not kept: run the step again to fetch them."
-        else:
-            text += (
-                " Mend the pictures or the table, or raise the limit if this loss is acceptable; the next run fetches the failed "
-                "rows again and keeps the others."
-            )
-        raise StepFailed(text)
+        yield Plan(source, index, size, f"{source}-{name[:24]}-{index:05d}", chunk, owners)

@@ -1,8 +1,9 @@
 """One shard of a pull: find it finished, or fetch its rows and write it whole.
 
 A shard is a tar, its offset index and a Parquet file with its failed rows; the tar is put last, so its presence says that
-the other two are there. Shards that lost more rows than the recipe allows to causes that pass (a server that is down) are
-held back until the verdict over the whole dataset: a later run must find them missing and fetch them again.
+the other two are there. Until then its images and verdicts lie in a spool, from which a killed pull goes on. Shards that
+lost more rows than the recipe allows to causes that pass (a server that is down) are held back until the verdict over the
+whole dataset: a later run must find them missing and ask again for what failed.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-import shutil
+import os
+import threading
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Executor
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,9 @@ from urllib.parse import urlsplit
 
 from vlmflow import storage
 from vlmflow.curation.accept import Accepted, Rejected, accept
-from vlmflow.curation.fetch import Fetcher, is_transient
+from vlmflow.curation.fetch import Fetched, Use, is_transient
+from vlmflow.curation.judges import Judges
+from vlmflow.curation.spool import Spool, Spooled, discard
 from vlmflow.curation.table import Row
 from vlmflow.dataset.manifest import ShardRef
 from vlmflow.dataset.sample import Sample
@@ -30,12 +34,16 @@ from vlmflow.digest import sha256_bytes
 from vlmflow.errors import DataError, NotFound
 
 COLUMNS = ("row", "key", "source", "url", "host", "reason", "detail")
-SPOOL = 64 << 10  # accepted images above this many bytes wait on disk for their shard, not in memory
+ROW_REASONS = ("bad_conversations", "bad_preferences", "image_marks")  # the table's fault, not that of the URL
+READERS = 32  # earlier shards kept open for images that rows share
+
+Get = Callable[[str, Use], Awaitable[Fetched]]  # of a source: over HTTP, from a bucket, out of the table
+Verdict = Spooled | tuple[str, str]  # an accepted image, or reason and detail
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A shard to be: its rows, and for each URL the row that fetches it (an earlier one when rows share a URL)."""
+    """A shard to be: its rows, and the row that fetches a URL which an earlier shard has too (`owners`, those only)."""
 
     source: str
     index: int
@@ -43,7 +51,6 @@ class Plan:
     name: str
     rows: list[Row]
     owners: dict[str, int]
-    duplicates: int
 
     def key(self, row: int) -> str:
         """The sample key of a row number of the source."""
@@ -56,26 +63,44 @@ class Result:
 
     ref: ShardRef
     rows: int
-    failures: list[dict[str, Any]]
+    failed: int
+    failures: list[dict[str, Any]]  # emptied once they are counted
     converted: dict[str, int]
-    duplicates: int
+    spool: Spool | None = None  # of a held shard
     local: list[tuple[Path, str]] = field(default_factory=list)  # files of a held shard: (path, uri), tar last
-    held: bool = False
     doubted: bool = False  # a mark lies beside the shard
+
+    @property
+    def held(self) -> bool:
+        """Not in its place yet: a later run must find it missing unless the dataset's verdict is good."""
+        return bool(self.local)
 
     def land(self) -> None:
         """Put a held shard in its place; nothing to do for others."""
         for path, uri in self.local:
-            storage.put_file(path, uri)
+            _put(path, uri)
         self.local = []
+        if self.spool:
+            self.spool.close(done=True)
+            self.spool = None
         if self.doubted:
             storage.delete(_mark(self.ref.uri))
 
     def doubt(self) -> None:
-        """Mark a finished shard whose failures were part of a verdict against the dataset: the next run fetches its failed
-        rows again (a picture may have been mended under the same URL), and takes the others from the shard."""
-        if self.failures and not self.held:
-            storage.write_json(_mark(self.ref.uri), {"failed": len(self.failures)})
+        """Part of a verdict against the dataset: the next run fetches the failed rows again (a picture may have been mended
+        under the same URL), and takes the others from the shard, or of a held one from its spool."""
+        if self.spool:
+            self.spool.forget_refusals()
+        elif self.failed:
+            storage.write_json(_mark(self.ref.uri), {"failed": self.failed})
+
+    def withdraw(self) -> None:
+        """Leave a held shard to a later run, which goes on from its spool."""
+        if self.spool:
+            for path, _ in self.local:
+                path.unlink(missing_ok=True)
+            self.spool.close(done=False)
+            self.spool = None
 
     def reader(self) -> ShardReader:
         """The shard's samples, wherever it lies."""
@@ -84,81 +109,113 @@ class Result:
 
 @dataclass
 class ShardPuller:
-    """Pulls the shards of one source. `limit` is the share of passing failures above which a shard is held."""
+    """Pulls the shards of one source, images by `get`."""
 
     root: str
     source: str
     licence: str | None
-    max_pixels: int
+    settings: Any  # recipe.pull
     scratch: Path
-    limit: float
+    get: Get
+    judges: Judges
+    advance: Callable[[int], None]
+    spools: dict[str, Spool] = field(default_factory=dict)  # of the shards in progress
+    readers: dict[str, tuple[ShardReader, dict[str, dict[str, Any]]]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    async def pull(
-        self,
-        plan: Plan,
-        fetcher: Fetcher,
-        pool: Executor,
-        earlier: list[asyncio.Task[Result]],
-        advance: Callable[[int], None],
-    ) -> Result:
-        """The finished shard of a plan. `earlier` holds the tasks of all shards before it, by index (for images that rows share)."""
-        loop = asyncio.get_running_loop()
+    async def pull(self, plan: Plan, earlier: dict[int, asyncio.Task[Result]]) -> Result:
+        """The finished shard of a plan. `earlier` holds the tasks of the shards before it, by index (for images that rows
+        share)."""
         uri = storage.join(self.root, "shards", f"{plan.name}.tar")
-        found = await loop.run_in_executor(pool, _finished, uri, plan)
+        found = await self.judges(_finished, uri)
         if found and not found.doubted:
-            advance(len(plan.rows))
+            await self.judges(discard, self.scratch / plan.name)
+            self.advance(len(plan.rows))
             return found
-        before = await loop.run_in_executor(pool, _readable, found) if found else None
-        work = self.scratch / plan.name
-        work.mkdir(parents=True, exist_ok=True)
-        fetches: dict[str, asyncio.Task[Accepted | Rejected]] = {}
-
-        async def image(url: str) -> Accepted | Rejected:
-            owner = plan.owners[url] // plan.size
-            if owner < plan.index:
-                known = await loop.run_in_executor(pool, _known, await earlier[owner], plan.key(plan.owners[url]), url)
-                if known is not None:
-                    return known
-            elif before:
-                known = await loop.run_in_executor(pool, _known, before, plan.key(plan.owners[url]), url)
-                if isinstance(known, Accepted):
-                    return known
-            fetched = await fetcher.get(url)
-            if fetched.data is None:
-                return Rejected(fetched.reason or "", fetched.detail)
-            return await loop.run_in_executor(pool, _accept, fetched.data, self.max_pixels, work)
-
-        async def row(row: Row) -> Sample | dict[str, Any]:
-            images = []
-            if row.problem is None:
+        before = await self.judges(_readable, found) if found else None
+        spool = self.spools[plan.name] = await self.judges(Spool, self.scratch / plan.name)
+        wanted: dict[str, int] = {}  # URL -> rows of which it is the last one
+        keys: dict[str, str] = {}  # URL -> first row that has it
+        for row in plan.rows:
+            if row.problem is None and row.urls:
                 for url in row.urls:
-                    if url not in fetches:
-                        fetches[url] = asyncio.create_task(image(url))
-                images = await asyncio.gather(*(fetches[url] for url in row.urls))
-            advance(1)
-            bad = next(((u, i) for u, i in zip(row.urls, images, strict=False) if isinstance(i, Rejected)), None)
-            if row.problem or bad:
-                reason, detail = row.problem or (bad[1].reason, bad[1].detail)  # type: ignore[index]
-                failed = bad[0] if bad else (row.urls[0] if row.urls else None)
-                cells = (row.index, plan.key(row.index), plan.source, failed, _host(failed), reason, detail)
-                return dict(zip(COLUMNS, cells, strict=True))
-            return self._sample(plan.key(row.index), row, images)
+                    wanted.setdefault(url, 0)
+                    keys.setdefault(url, plan.key(row.index))
+                wanted[row.urls[-1]] += 1
+        self.advance(len(plan.rows) - sum(wanted.values()))
 
+        async def one(url: str, rows: int) -> Verdict:
+            verdict = spool.found.get(url)
+            if verdict is None and url in plan.owners:
+                owner = plan.owners[url] // plan.size
+                result = await asyncio.shield(earlier[owner])
+                verdict = await self.judges(self._known, result, plan.key(plan.owners[url]), url, spool)
+            if verdict is None and before:
+                known = await self.judges(self._known, before, keys[url], url, spool)
+                verdict = known if isinstance(known, Spooled) else None
+            if verdict is None:
+                verdict = await self._fetch(url, spool)
+            self.advance(rows)
+            return verdict
+
+        tasks = {url: asyncio.create_task(one(url, rows)) for url, rows in wanted.items()}
         try:
-            done = await asyncio.gather(*(row(r) for r in plan.rows))
-            return await loop.run_in_executor(pool, self._write, plan, uri, work, done, found is not None)
+            await asyncio.gather(*tasks.values())
+            verdicts = {url: task.result() for url, task in tasks.items()}
+            result: Result = await self.judges(self._write, plan, uri, spool, verdicts, found is not None)
         finally:
-            for task in fetches.values():
+            for task in tasks.values():
                 task.cancel()
+        del self.spools[plan.name]
+        return result
 
-    def _sample(self, key: str, row: Row, images: list[Any]) -> Sample:
-        described = []
-        for url, image in zip(row.urls, images, strict=True):
-            about = {"sha256": image.sha256, "width": image.width, "height": image.height, "format": image.format}
-            if image.converted_from:
-                about["converted_from"] = image.converted_from
-            described.append({**about, "url": url} if len(images) > 1 else about)
-        meta: dict[str, Any] = {"id": row.id or key, "url": row.urls[0] if row.urls else None, "source": self.source}
+    async def _fetch(self, url: str, spool: Spool) -> Verdict:
+        async def use(body: Any) -> Verdict:
+            return await self.judges(self._judge, url, body, spool)
+
+        fetched = await self.get(url, use)
+        if fetched.reason is None:
+            return fetched.used
+        if not is_transient(fetched.reason):
+            spool.refuse(url, fetched.reason, fetched.detail)
+        return fetched.reason, fetched.detail
+
+    def _judge(self, url: str, body: Any, spool: Spool) -> Verdict:
+        """Accept a body into the spool, or refuse it; runs in a thread."""
+        body.seek(0)
+        data = body.read()
+        body.close()
+        try:
+            image = accept(data, self.settings.max_pixels)
+        except Rejected as error:
+            spool.refuse(url, error.reason, error.detail)
+            return error.reason, error.detail
+        return spool.keep(url, image.data, _about(image))
+
+    def _known(self, result: Result, key: str, url: str, spool: Spool) -> Verdict | None:
+        """What a finished shard knows of a URL of its row `key`: its image, its failure, or nothing (the row failed for
+        another reason)."""
+        with self._lock:
+            if result.ref.uri not in self.readers:
+                while len(self.readers) >= READERS:
+                    self.readers.pop(next(iter(self.readers)))
+                failed = {row["key"]: row for row in _failures_of(result)}
+                self.readers[result.ref.uri] = (result.reader(), failed)
+            reader, failed = self.readers[result.ref.uri]
+        if key in reader.index:
+            sample = reader.read(key)
+            for about, data in zip(sample.meta["images"], sample.images, strict=True):
+                if about.get("url", sample.meta["url"]) == url:
+                    return spool.keep(url, data, {name: value for name, value in about.items() if name != "url"})
+        failure = failed.get(key, {})
+        if failure.get("url") == url and failure["reason"] not in ROW_REASONS:
+            return failure["reason"], failure["detail"]
+        return None
+
+    def _sample(self, key: str, row: Row, images: list[Spooled], spool: Spool) -> Sample:
+        urls = row.names
+        described = [{**i.about, "url": url} if len(images) > 1 else i.about for i, url in zip(images, urls, strict=True)]
+        meta: dict[str, Any] = {"id": row.id or key, "url": urls[0] if urls else None, "source": self.source}
         meta["images"] = described
         if row.text is not None:
             meta["text"] = row.text
@@ -170,76 +227,64 @@ class ShardPuller:
             meta["licence"] = self.licence
         if row.extra:
             meta["extra"] = row.extra
-        return Sample(key, meta, tuple(image.data for image in images))
+        return Sample(key, meta, tuple(spool.read(image) for image in images))
 
-    def _write(self, plan: Plan, uri: str, work: Path, done: list[Sample | dict[str, Any]], doubted: bool) -> Result:
-        failures = [d for d in done if isinstance(d, dict)]
-        samples = [d for d in done if isinstance(d, Sample)]
-        converted = Counter(i["converted_from"] for s in samples for i in s.meta["images"] if "converted_from" in i)
-        tar = work / f"{plan.name}.tar"
-        write_shard(tar, (Sample(s.key, s.meta, tuple(map(_load, s.images))) for s in samples))
-        ref = describe_shard(tar, uri, len(samples), plan.source)
-        about = {
-            "rows": len(plan.rows),
-            "converted": dict(converted),
-            "duplicates": plan.duplicates,
-            "ref": ref.model_dump(exclude={"uri"}),
-        }
-        sidecar = work / "failures.parquet"
+    def _write(self, plan: Plan, uri: str, spool: Spool, verdicts: dict[str, Verdict], doubted: bool) -> Result:
+        """The tar, its index and its failures, from the spool; landed unless held."""
+        failures: list[dict[str, Any]] = []
+        converted: Counter[str] = Counter()
+
+        def samples() -> Iterator[Sample]:
+            for row in plan.rows:
+                found = [] if row.problem else [(url, verdicts[url]) for url in row.urls]
+                bad = next(((url, verdict) for url, verdict in found if isinstance(verdict, tuple)), None)
+                if row.problem or bad:
+                    url, (reason, detail) = bad or (row.urls[0] if row.urls else None, row.problem or ("", ""))
+                    cells = (row.index, plan.key(row.index), plan.source, url, _host(url), reason, detail)
+                    failures.append(dict(zip(COLUMNS, cells, strict=True)))
+                    continue
+                images = [verdict for _, verdict in found if isinstance(verdict, Spooled)]
+                converted.update(i.about["converted_from"] for i in images if "converted_from" in i.about)
+                yield self._sample(plan.key(row.index), row, images, spool)
+
+        tar = spool.folder / f"{plan.name}.tar"
+        ref = describe_shard(tar, uri, write_shard(tar, samples()), plan.source)
+        about = {"rows": len(plan.rows), "converted": dict(converted), "ref": ref.model_dump(exclude={"uri"})}
+        sidecar = spool.folder / "failures.parquet"
         sidecar.write_bytes(_failures_parquet(failures, about))
-        for spooled in work.glob("*.image"):
-            spooled.unlink()
-        result = Result(ref, len(plan.rows), failures, dict(converted), plan.duplicates, doubted=doubted)
-        result.local = [(sidecar, _sidecar(uri)), (Path(f"{tar}{INDEX_SUFFIX}"), uri + INDEX_SUFFIX), (tar, uri)]
-        passing = sum(is_transient(f["reason"]) for f in failures)
-        result.held = passing > self.limit * len(plan.rows)
-        if not result.held:
+        local = [(sidecar, _sidecar(uri)), (Path(f"{tar}{INDEX_SUFFIX}"), uri + INDEX_SUFFIX), (tar, uri)]
+        result = Result(ref, len(plan.rows), len(failures), failures, dict(converted), spool, local, doubted)
+        if sum(is_transient(f["reason"]) for f in failures) <= self.settings.failure_limit * len(plan.rows):
             result.land()
-            shutil.rmtree(work)
         return result
 
 
-@dataclass(frozen=True)
-class _Stored(Accepted):
-    """An accepted image with its hash; `data` is bytes or, spooled, a path."""
-
-    sha256: str = ""
-
-
-def _accept(data: bytes, max_pixels: int, work: Path) -> Accepted | Rejected:
-    try:
-        image = accept(data, max_pixels)
-    except Rejected as error:
-        return error
-    sha256 = sha256_bytes(image.data)
-    held: Any = image.data
-    if len(held) > SPOOL:
-        held = work / f"{sha256}.image"
-        held.write_bytes(image.data)
-    return _Stored(held, image.format, image.width, image.height, image.converted_from, sha256)
+def _about(image: Accepted) -> dict[str, Any]:
+    about: dict[str, Any] = {"sha256": sha256_bytes(image.data), "width": image.width, "height": image.height}
+    about["format"] = image.format
+    if image.converted_from:
+        about["converted_from"] = image.converted_from
+    return about
 
 
-def _load(data: Any) -> bytes:
-    return data.read_bytes() if isinstance(data, Path) else data
+def _failures_of(result: Result) -> list[dict[str, Any]]:
+    """Failed rows of a finished shard, counted or not, held or not."""
+    if result.failures or not result.failed:
+        return result.failures
+    return _read_failures(
+        result.local[0][0].read_bytes() if result.local else storage.read_bytes(_sidecar(result.ref.uri))
+    )[0]
 
 
-def _known(result: Result, key: str, url: str) -> Accepted | Rejected | None:
-    """What an earlier shard knows of a URL: its image, its failure, or nothing (its row failed for another reason)."""
-    reader = result.reader()
-    if key in reader.index:
-        sample = reader.read(key)
-        for about, data in zip(sample.meta["images"], sample.images, strict=True):
-            if about.get("url", sample.meta["url"]) == url:
-                source = about.get("converted_from")
-                return _Stored(data, about["format"], about["width"], about["height"], source, about["sha256"])
-    for failure in result.failures:
-        if (
-            failure["key"] == key
-            and failure["url"] == url
-            and failure["reason"] not in ("bad_conversations", "bad_preferences", "image_marks")
-        ):
-            return Rejected(failure["reason"], failure["detail"])
-    return None
+def _put(path: Path, uri: str) -> None:
+    """Move a written file to its place: by name on the same disk, by a copy elsewhere."""
+    target = storage.local_path(uri)
+    if target is not None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):
+            os.replace(path, target)
+            return
+    storage.put_file(path, uri)
 
 
 def _sidecar(uri: str) -> str:
@@ -278,13 +323,17 @@ def _failures_parquet(failures: list[dict[str, Any]], about: dict[str, Any]) -> 
 
 def read_failures(shard_uri: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Failed rows of a shard (row, key, source, url, host, reason, detail) and what was counted when it was written."""
+    return _read_failures(storage.read_bytes(_sidecar(shard_uri)))
+
+
+def _read_failures(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     import pyarrow.parquet as pq
 
-    table = pq.read_table(io.BytesIO(storage.read_bytes(_sidecar(shard_uri))))
+    table = pq.read_table(io.BytesIO(data))
     return table.to_pylist(), json.loads(table.schema.metadata[b"vlmflow.pull"])
 
 
-def _finished(uri: str, plan: Plan) -> Result | None:
+def _finished(uri: str) -> Result | None:
     """The shard of an earlier run if all of it is there and no file of it was cut, else None."""
     import pyarrow as pa
 
@@ -297,4 +346,4 @@ def _finished(uri: str, plan: Plan) -> Result | None:
     except (NotFound, DataError, pa.ArrowException, KeyError, TypeError, ValueError):
         return None
     doubted = bool(failures) and storage.exists(_mark(uri))
-    return Result(ref, about["rows"], failures, about["converted"], about["duplicates"], doubted=doubted)
+    return Result(ref, about["rows"], len(failures), failures, about["converted"], doubted=doubted)

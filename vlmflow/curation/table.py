@@ -21,7 +21,18 @@ from vlmflow.curation.turns import conversations, preferences
 from vlmflow.digest import digest
 from vlmflow.errors import DataError
 
-__all__ = ["Columns", "Row", "check_columns", "check_host", "columns_of", "count_rows", "localize", "read_rows", "row_of"]
+__all__ = [
+    "Columns",
+    "Row",
+    "Table",
+    "check_columns",
+    "check_host",
+    "columns_of",
+    "count_rows",
+    "localize",
+    "read_rows",
+    "row_of",
+]
 
 DEFAULT_URL, DEFAULT_TEXT = "url", "text"
 _PEEK = 1000  # records of a JSON table looked at to learn its columns
@@ -67,13 +78,20 @@ class Row:
     @property
     def fingerprint(self) -> str:
         """Digest of everything that goes into the sample, without the row's place."""
-        later = [part for part in (self.preferences, self.shown) if part is not None]  # rows without keep their older names
+        later = [
+            part for part in (self.preferences, self.shown) if part is not None
+        ]  # rows without keep their older names
         return digest([self.urls, self.text, self.conversations, self.id, self.extra, self.problem, *later])
 
     @property
     def names(self) -> tuple[str | None, ...]:
         """What stands in a sample for the images' URLs."""
         return self.urls if self.shown is None else self.shown
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """URLs, by which rows may share an image; none of images in the table."""
+        return self.urls if self.shown is None else ()
 
 
 def columns_of(source: Any) -> Columns:
@@ -125,12 +143,14 @@ def _present(table: Table, columns: Columns, field_name: str) -> Columns:
         if table.parquet:
             present = table_files.columns(table)
         else:
-            present = list(dict.fromkeys(name for record in islice(table_files.records(table), _PEEK) for name in record))
+            present = list(
+                dict.fromkeys(name for record in islice(table_files.records(table), _PEEK) for name in record)
+            )
     except DataError as error:
         raise DataError(f"{field_name}.table: {table.uri}: {error}") from error
     for kind in columns.optional:
         if getattr(columns, kind) not in present:
-            columns = replace(columns, **{kind: None})
+            columns = replace(columns, **{kind: None})  # type: ignore[arg-type]
     for kind in _KINDS:
         for name in _names(columns, kind):
             if name not in present and present:
@@ -157,10 +177,18 @@ def _pairs(record: Mapping[str, Any], columns: Columns) -> Any:
 
 
 def row_of(
-    index: int, record: Mapping[str, Any], columns: Columns, named: set[str], cells: Cells | None = None, images: int = 0
+    index: int,
+    record: Mapping[str, Any],
+    columns: Columns,
+    named: set[str],
+    cells: Cells | None = None,
+    images: int = 0,
 ) -> Row:
     """A record as a row; `images` is the number of those that come from elsewhere than the record (of an adopted tar)."""
-    urls, shown, kept, problem = _urls(record.get(columns.url) if columns.url else None), None, (), None
+    urls = _urls(record.get(columns.url) if columns.url else None)
+    shown: tuple[str | None, ...] | None = None
+    kept: tuple[Cell, ...] = ()
+    problem = None
     if columns.image:
         found, wrong = images_of(record.get(columns.image))
         problem = ("bad_image", wrong) if wrong else None

@@ -104,6 +104,11 @@ class PullSpec(Section):
     robots_txt: bool = Field(
         False, description="also ask each host's robots.txt (cached); X-Robots-Tag is always honoured"
     )
+    proof: Literal["decode", "structure"] = Field(
+        "decode",
+        description="how a picture is proved whole: decode it once at small scale, or walk its structure from the header to the "
+        "end mark, which is several times cheaper for JPEG",
+    )
     resize: ResizeSpec | None = Field(None, description="shrink large images; None = keep the original bytes")
     retries: int = Field(
         2, ge=0, le=10, description="further tries after 429, 500, 502, 503, 504 or a broken connection"
