@@ -11,6 +11,7 @@ from curation_server import picture, serving
 from test_curation_pull import context, failures, table
 
 from vlmflow.curation import pull
+from vlmflow.curation.table import columns_of
 from vlmflow.curation.turns import preferences
 from vlmflow.dataset.shard import ShardReader
 from vlmflow.errors import DataError
@@ -89,6 +90,6 @@ def test_a_missing_column_is_named(tmp_path: Path) -> None:
 
 def test_columns_survive_a_resolved_recipe() -> None:
     written = SourceSpec(table="t.parquet", preferences_column={"prompt": "question"})
-    assert pull.columns_of(written).preferences == ("question", "chosen", "rejected")
-    assert pull.columns_of(SourceSpec.model_validate(written.model_dump())) == pull.columns_of(written)
-    assert "text" in pull.columns_of(written).optional
+    assert columns_of(written).preferences == ("question", "chosen", "rejected")
+    assert columns_of(SourceSpec.model_validate(written.model_dump())) == pull.columns_of(written)
+    assert "text" in columns_of(written).optional

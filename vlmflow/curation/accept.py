@@ -14,9 +14,13 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from vlmflow.curation.decode_memory import DECODING, decode_bytes
+from vlmflow.curation.proof import jpeg, png
 from vlmflow.curation.resize import resized, target
 from vlmflow.digest import sha256_bytes
 from vlmflow.vision.rgb import to_rgb
@@ -36,6 +40,9 @@ _MAGIC = [
     (b"II*\x00", "TIFF"),
     (b"MM\x00*", "TIFF"),
 ]
+_STRUCTURE: dict[str, Callable[[bytes], bool]] = {"JPEG": jpeg, "PNG": png}
+_ORIENTATION = 0x0112  # EXIF tag
+_LARGE = 4_000_000  # pixels from which it matters that a JPEG's structure says how much memory a decode takes
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _SCRIPT = re.compile(rb"<(?:!doctype html|html|script|\?php)", re.IGNORECASE)
 _SCRIPT_EDGE = 64 << 10  # bytes at the beginning, and a sixteenth of it at the end, in which scripts are looked for
@@ -82,8 +89,11 @@ def sniff(data: bytes) -> str | None:
     return "WEBP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
 
 
-def accept(data: bytes, max_pixels: int, resize: ResizeSpec | None = None) -> Accepted:
+def accept(data: bytes, max_pixels: int, resize: ResizeSpec | None = None, proof: str = "decode") -> Accepted:
     """Check one image; convert it to PNG where its format is not one that shards keep, or shrink it as `resize` asks.
+
+    `proof` is how a JPEG is shown to be whole: "decode" it at 1/8, or by its "structure" where that is plain
+    (`vlmflow.curation.proof`). PNG is always judged by its checksums. Decoders wait for their share of memory.
 
     Raises:
         Rejected: not_an_image, polyglot, too_many_pixels or corrupt.
@@ -99,7 +109,7 @@ def accept(data: bytes, max_pixels: int, resize: ResizeSpec | None = None) -> Ac
         raise Rejected("not_an_image", f"the first bytes announce {looks}, not JPEG, PNG, WebP, GIF, BMP or TIFF")
     if other := _other_file(data):
         raise Rejected("polyglot", f"a {kind} that is {other} too")
-    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+    _quiet()
     formats = ["JPEG", "MPO"] if kind == "JPEG" else [kind]
     try:
         with Image.open(io.BytesIO(data), formats=formats) as image:
@@ -108,18 +118,19 @@ def accept(data: bytes, max_pixels: int, resize: ResizeSpec | None = None) -> Ac
                 raise Rejected(
                     "too_many_pixels", f"{width} x {height} = {width * height} pixels, the limit is {max_pixels}"
                 )
-            if kind != "TIFF" and image.getexif().get(0x0112, 1) in _TURNED:  # Pillow turns TIFF itself
-                width, height = height, width
-            if resize and (size := target(width, height, resize)):
-                shrunk = resized(image, size, resize)
-                before = CONVERTED.get(kind)
-                return Accepted(shrunk, resize.format, *size, before, sha256_bytes(data), (width, height))
-            if kind in CONVERTED:
-                png = _to_png(image)
-                return Accepted(png, "png", width, height, CONVERTED[kind], sha256_bytes(data))
-            if kind == "JPEG":
-                image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
-            image.load()
+            looked_at = kind == "PNG" or proof == "structure" or width * height > _LARGE
+            whole = looked_at and kind in _STRUCTURE and _STRUCTURE[kind](data)
+            if whole and not resize and _upright(kind, data) and (kind == "PNG" or proof == "structure"):
+                return Accepted(data, KEPT[kind], width, height)
+            need = decode_bytes(image, kind, resize, whole)
+            if need > DECODING.total:
+                if whole and not resize:  # the structure is all that can be looked at
+                    turned = kind == "JPEG" and image.getexif().get(_ORIENTATION, 1) in _TURNED
+                    return Accepted(data, KEPT[kind], *((height, width) if turned else (width, height)))
+                text = f"{width} x {height}: this {kind} takes {need >> 20} MiB to decode, the limit is {DECODING.total >> 20}"
+                raise Rejected("too_many_pixels", text)
+            with DECODING.share(need):
+                return _decoded(image, kind, data, resize, whole and (kind == "PNG" or proof == "structure"))
     except Rejected:
         raise
     except Image.DecompressionBombError as error:  # Pillow looks first, and names the number of pixels
@@ -128,14 +139,43 @@ def accept(data: bytes, max_pixels: int, resize: ResizeSpec | None = None) -> Ac
         raise Rejected("too_many_pixels", f"{count} pixels, the limit is {max_pixels}") from None
     except Exception as error:  # Pillow's plug-ins raise nearly anything on damaged input
         raise Rejected("corrupt", f"{kind} that does not decode ({type(error).__name__})") from error
+
+
+def _decoded(image: Any, kind: str, data: bytes, resize: ResizeSpec | None, proved: bool) -> Accepted:
+    """What becomes of an opened picture; decodes it unless it is `proved` whole and stays as it is."""
+    width, height = image.size
+    if kind != "TIFF" and image.getexif().get(_ORIENTATION, 1) in _TURNED:  # Pillow turns TIFF itself
+        width, height = height, width
+    if resize and (size := target(width, height, resize)):
+        shrunk = resized(image, size, resize)
+        before = CONVERTED.get(kind)
+        return Accepted(shrunk, resize.format, *size, before, sha256_bytes(data), (width, height))
+    if kind in CONVERTED:
+        return Accepted(_to_png(image), "png", width, height, CONVERTED[kind], sha256_bytes(data))
+    if not proved:
+        if kind == "JPEG":
+            image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
+        image.load()
     return Accepted(data, KEPT[kind], width, height)
+
+
+def _upright(kind: str, data: bytes) -> bool:
+    """Whether no orientation is written anywhere, without asking Pillow, which decodes a whole PNG to look for one."""
+    marks = (b"Exif\0\0",) if kind == "JPEG" else (b"eXIf", b"Raw profile type", b"tiff:Orientation")
+    return not any(mark in data for mark in marks)
+
+
+@cache
+def _quiet() -> None:
+    """Pillow's warning about many pixels is our own check."""
+    from PIL import Image
+
+    warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def _other_file(data: bytes) -> str | None:
     """What else the bytes of an image are, by the marks that the other format's readers go by; None for nothing."""
-    end = data.rfind(
-        b"PK\x05\x06", max(0, len(data) - 65557)
-    )  # a ZIP's directory ends the file, after its comment's length
+    end = data.rfind(b"PK\x05\x06", max(0, len(data) - 65557))  # a ZIP's directory ends the file, after its comment's length
     if end >= 0 and end + 22 + int.from_bytes(data[end + 20 : end + 22], "little") == len(data):
         return "a ZIP archive"
     if b"%PDF-" in data[:1024]:

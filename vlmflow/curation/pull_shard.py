@@ -22,10 +22,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vlmflow import storage
-from vlmflow.curation.accept import Accepted, Rejected, accept
+from vlmflow.curation.accept import Rejected, accept
 from vlmflow.curation.fetch import Fetched, Use, is_transient
 from vlmflow.curation.judges import Judges
-from vlmflow.curation.spool import Spool, Spooled, discard
+from vlmflow.curation.spool import Images, Spool, Spooled, discard
 from vlmflow.curation.table import Row
 from vlmflow.dataset.manifest import ShardRef
 from vlmflow.dataset.sample import Sample
@@ -186,11 +186,11 @@ class ShardPuller:
         data = body.read()
         body.close()
         try:
-            image = accept(data, self.settings.max_pixels)
+            image = accept(data, self.settings.max_pixels, self.settings.resize, self.settings.proof)
         except Rejected as error:
             spool.refuse(url, error.reason, error.detail)
             return error.reason, error.detail
-        return spool.keep(url, image.data, _about(image))
+        return spool.keep(url, image.data, image.about(sha256_bytes(image.data)))
 
     def _known(self, result: Result, key: str, url: str, spool: Spool) -> Verdict | None:
         """What a finished shard knows of a URL of its row `key`: its image, its failure, or nothing (the row failed for
@@ -227,7 +227,7 @@ class ShardPuller:
             meta["licence"] = self.licence
         if row.extra:
             meta["extra"] = row.extra
-        return Sample(key, meta, tuple(spool.read(image) for image in images))
+        return Sample(key, meta, Images(spool, images))  # type: ignore[arg-type]
 
     def _write(self, plan: Plan, uri: str, spool: Spool, verdicts: dict[str, Verdict], doubted: bool) -> Result:
         """The tar, its index and its failures, from the spool; landed unless held."""
@@ -257,14 +257,6 @@ class ShardPuller:
         if sum(is_transient(f["reason"]) for f in failures) <= self.settings.failure_limit * len(plan.rows):
             result.land()
         return result
-
-
-def _about(image: Accepted) -> dict[str, Any]:
-    about: dict[str, Any] = {"sha256": sha256_bytes(image.data), "width": image.width, "height": image.height}
-    about["format"] = image.format
-    if image.converted_from:
-        about["converted_from"] = image.converted_from
-    return about
 
 
 def _failures_of(result: Result) -> list[dict[str, Any]]:
