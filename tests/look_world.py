@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from PIL import Image, ImageDraw
 
 from vlmflow import storage
-from vlmflow.curation.pull_shard import _failures_parquet, _sidecar
+from vlmflow.curation.pull_shard import failures_parquet, _sidecar
 from vlmflow.dataset.layer import seal_layer
 from vlmflow.dataset.manifest import LayerPart, LayerRef, Lineage, Manifest, ShardRef, save
 from vlmflow.dataset.sample import Sample
@@ -85,7 +85,7 @@ def small(folder: Path, shift: float = 0.0, hostile: bool = True) -> Manifest:
             ]
         ref = describe_shard(path, str(path), count, source)
         about = {"rows": count + len(failed), "converted": {}, "duplicates": 0, "ref": ref.model_dump(exclude={"uri"})}
-        storage.write_bytes(_sidecar(str(path)), _failures_parquet(failed, about))
+        storage.write_bytes(_sidecar(str(path)), failures_parquet(failed, about))
         shards.append(ref)
     pull = Lineage(
         step="pull",

@@ -51,7 +51,9 @@ def test_a_hugging_face_image_table_becomes_shards(tmp_path):
 
 
 def test_lists_of_images_in_cells_keep_their_order_and_share_their_bytes(tmp_path):
-    rows = [{"images": [{"bytes": picture(i % 4), "path": None}, {"bytes": picture(9), "path": "n"}]} for i in range(12)]
+    rows = [
+        {"images": [{"bytes": picture(i % 4), "path": None}, {"bytes": picture(9), "path": "n"}]} for i in range(12)
+    ]
     spec = {"table": parquet(tmp_path / "t.parquet", rows), "image_column": "images", "text_column": None}
     manifest = pull.run(context(tmp_path, {"web": spec}), "web")
     for number, sample in enumerate(samples(manifest)):
@@ -145,7 +147,14 @@ def test_another_root_is_another_shard(tmp_path):
 def test_keys_of_a_bucket_stay_below_their_prefix():
     root = "s3://b/data/"
     assert bucket.inside(root, "x/y.png") == bucket.inside(root, "s3://b/data/x/./y.png") == "s3://b/data/x/y.png"
-    for cell in ("s3://b/database/x.png", "s3://c/data/x.png", "../x.png", "/x.png", "x/../../y", "s3://b/data/../x.png"):
+    for cell in (
+        "s3://b/database/x.png",
+        "s3://c/data/x.png",
+        "../x.png",
+        "/x.png",
+        "x/../../y",
+        "s3://b/data/../x.png",
+    ):
         with pytest.raises(Rejected) as refusal:
             bucket.inside(root, cell)
         assert refusal.value.reason == "outside_root"
@@ -171,7 +180,7 @@ def test_a_store_that_is_down_stops_the_step_and_a_missing_object_does_not(tmp_p
     uri = table(tmp_path / "t.csv", [{"url": f"{i}.png", "text": "x"} for i in range(4)])
     ctx = context(tmp_path, {"web": {"table": uri, "image_root": "s3://b/r"}})
     down[0] = True
-    with pytest.raises(Unreachable, match="no store answers .tried 6 times"):
+    with pytest.raises(Unreachable, match=r"no store answers \(tried 6 times"):
         pull.run(ctx, "web")
     down[0] = False
     manifest = pull.run(ctx, "web")

@@ -19,6 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmflow.curation.adopt import Adopter, expand
 from vlmflow.curation.bucket import Bucket
 from vlmflow.curation.cells import Cells
 from vlmflow.curation.fetch import Fetcher, Limits
@@ -45,7 +46,8 @@ class Source:
 
     name: str
     spec: Any
-    table: Table
+    table: Table | None  # None of adopted tars, whose rows nobody has counted
+    tars: list[str]
     rows: int
     first: int
     shards: int
@@ -96,7 +98,7 @@ def run(ctx: Context, dataset: str, group: Mapping[str, Any] | None = None) -> M
             **_params(pull),
             "dataset": dataset,
             "version": VERSION,
-            "tables": {source.name: source.spec.table for source in sources},
+            "tables": {source.name: source.spec.table or source.spec.shards for source in sources},
         },
         summary={**tally.summary(), "duplicate_rows": pulling.duplicates},
     )
@@ -130,15 +132,22 @@ def _sources(ctx: Context, dataset: str) -> list[Source]:
     if dataset not in ctx.recipe.data:
         raise RecipeError(f"data.{dataset}: no such dataset; the recipe has {sorted(ctx.recipe.data)}")
     pull, specs = ctx.recipe.pull, ctx.recipe.data[dataset].sources
-    tables = {name: localize(specs[name].table or "", ctx.scratch, _allow(pull)) for name in sorted(specs)}
-    for name, table in tables.items():
-        check_columns(table, columns_of(specs[name]), f"data.{dataset}.sources.{name}")
+    tables: dict[str, Table] = {}
+    tars: dict[str, list[str]] = {}
+    for name in sorted(specs):
+        field = f"data.{dataset}.sources.{name}"
+        if specs[name].shards:
+            tars[name] = expand(specs[name].shards, f"{field}.shards")
+        else:
+            tables[name] = localize(specs[name].table, ctx.scratch, _allow(pull))
+            check_columns(tables[name], columns_of(specs[name]), field)
     sources: list[Source] = []
-    for name, table in tables.items():
-        rows = count_rows(table)
+    for name in sorted(specs):
+        rows = count_rows(tables[name]) if name in tables else 0
+        shards = len(tars[name]) if name in tars else -(-rows // pull.samples_per_shard)
         first = sources[-1].first + sources[-1].shards if sources else 0
-        sources.append(Source(name, specs[name], table, rows, first, -(-rows // pull.samples_per_shard)))
-    if not sum(source.rows for source in sources):
+        sources.append(Source(name, specs[name], tables.get(name), tars.get(name, []), rows, first, shards))
+    if not any(source.shards for source in sources):
         raise DataError(
             f"data.{dataset}: its tables have 0 rows ({', '.join(s.spec.table or '' for s in sources)}); nothing to pull"
         )
@@ -167,7 +176,10 @@ class _Pulling:
         """Pull shards `first` to `last` of each source. `final`: the verdict over the dataset falls here."""
         try:
             for source, first, last in spans:
-                asyncio.run(self._source(source, first, last))
+                if source.tars:
+                    self._adopt(source, first, last)
+                else:
+                    asyncio.run(self._source(source, first, last))
             if final:
                 self.tally.check(final=True)
                 for result in self.results:
@@ -183,6 +195,18 @@ class _Pulling:
                 result.withdraw()
             for spool in chain.from_iterable(puller.spools.values() for puller in self._pullers):
                 spool.close(done=False)
+
+    def _adopt(self, source: Source, first: int, last: int) -> None:
+        """Adopt tars `first` to `last` of a source; how many samples they hold is known only then."""
+        pull, spec = self.ctx.recipe.pull, source.spec
+        adopter = Adopter(self.ctx.root, source.name, columns_of(spec), spec.licence, pull)
+        for position in range(first, last):
+            result = adopter.adopt(source.tars[position], position)
+            self.results.append(result)
+            self.tally.total += result.rows
+            self.tally.add(result, [])
+            self.progress.total += result.rows
+            self.progress.advance(result.rows)
 
     async def _source(self, source: Source, first: int, last: int) -> None:
         """Fetch the shards of one source, a few at a time; results are counted in order, and a lost cause is left early."""
@@ -228,6 +252,7 @@ class _Pulling:
 
     def _rows(self, source: Source, first: int, last: int, cells: Cells | None = None) -> Iterator[Row]:
         size, field = self.ctx.recipe.pull.samples_per_shard, f"data.{self.dataset}.sources.{source.name}"
+        assert source.table is not None
         return read_rows(source.table, columns_of(source.spec), field, first * size, last * size, cells)
 
     def _look(self, source: Source, first: int, last: int) -> tuple[FirstSeen, FirstSeen]:

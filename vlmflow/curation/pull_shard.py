@@ -214,20 +214,11 @@ class ShardPuller:
 
     def _sample(self, key: str, row: Row, images: list[Spooled], spool: Spool) -> Sample:
         urls = row.names
-        described = [{**i.about, "url": url} if len(images) > 1 else i.about for i, url in zip(images, urls, strict=True)]
-        meta: dict[str, Any] = {"id": row.id or key, "url": urls[0] if urls else None, "source": self.source}
-        meta["images"] = described
-        if row.text is not None:
-            meta["text"] = row.text
-        if row.conversations is not None:
-            meta["conversations"] = row.conversations
-        if row.preferences is not None:
-            meta["preferences"] = row.preferences
-        if self.licence:
-            meta["licence"] = self.licence
-        if row.extra:
-            meta["extra"] = row.extra
-        return Sample(key, meta, Images(spool, images))  # type: ignore[arg-type]
+        described = [
+            {**i.about, "url": url} if len(images) > 1 else i.about for i, url in zip(images, urls, strict=True)
+        ]
+        meta = meta_of(row, row.id or key, urls[0] if urls else None, self.source, self.licence, described)
+        return Sample(key, meta, tuple(spool.read(image) for image in images))
 
     def _write(self, plan: Plan, uri: str, spool: Spool, verdicts: dict[str, Verdict], doubted: bool) -> Result:
         """The tar, its index and its failures, from the spool; landed unless held."""
@@ -251,7 +242,7 @@ class ShardPuller:
         ref = describe_shard(tar, uri, write_shard(tar, samples()), plan.source)
         about = {"rows": len(plan.rows), "converted": dict(converted), "ref": ref.model_dump(exclude={"uri"})}
         sidecar = spool.folder / "failures.parquet"
-        sidecar.write_bytes(_failures_parquet(failures, about))
+        sidecar.write_bytes(failures_parquet(failures, about))
         local = [(sidecar, _sidecar(uri)), (Path(f"{tar}{INDEX_SUFFIX}"), uri + INDEX_SUFFIX), (tar, uri)]
         result = Result(ref, len(plan.rows), len(failures), failures, dict(converted), spool, local, doubted)
         if sum(is_transient(f["reason"]) for f in failures) <= self.settings.failure_limit * len(plan.rows):
@@ -259,11 +250,25 @@ class ShardPuller:
         return result
 
 
+def meta_of(
+    row: Row, name: str, url: str | None, source: str, licence: str | None, images: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """A sample's JSON: what its row says, and its images as described."""
+    meta: dict[str, Any] = {"id": name, "url": url, "source": source, "images": images}
+    said = {"text": row.text, "conversations": row.conversations, "preferences": row.preferences}
+    meta |= {field: value for field, value in said.items() if value is not None}
+    if licence:
+        meta["licence"] = licence
+    if row.extra:
+        meta["extra"] = row.extra
+    return meta
+
+
 def _failures_of(result: Result) -> list[dict[str, Any]]:
     """Failed rows of a finished shard, counted or not, held or not."""
     if result.failures or not result.failed:
         return result.failures
-    return _read_failures(
+    return parse_failures(
         result.local[0][0].read_bytes() if result.local else storage.read_bytes(_sidecar(result.ref.uri))
     )[0]
 
@@ -302,7 +307,8 @@ def _host(url: str | None) -> str:
         return ""
 
 
-def _failures_parquet(failures: list[dict[str, Any]], about: dict[str, Any]) -> bytes:
+def failures_parquet(failures: list[dict[str, Any]], about: dict[str, Any]) -> bytes:
+    """Failed rows and what was counted as one Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -313,12 +319,15 @@ def _failures_parquet(failures: list[dict[str, Any]], about: dict[str, Any]) -> 
     return out.getvalue()
 
 
-def read_failures(shard_uri: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def read_failures(shard: ShardRef | str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Failed rows of a shard (row, key, source, url, host, reason, detail) and what was counted when it was written."""
-    return _read_failures(storage.read_bytes(_sidecar(shard_uri)))
+    if isinstance(shard, ShardRef) and shard.index:
+        return parse_failures(storage.read_bytes(shard.index.removesuffix(INDEX_SUFFIX) + ".failures.parquet"))
+    return parse_failures(storage.read_bytes(_sidecar(shard.uri if isinstance(shard, ShardRef) else shard)))
 
 
-def _read_failures(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def parse_failures(data: bytes) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What `failures_parquet` wrote."""
     import pyarrow.parquet as pq
 
     table = pq.read_table(io.BytesIO(data))

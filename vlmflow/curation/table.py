@@ -17,7 +17,7 @@ from typing import Any
 from vlmflow.curation import table_files
 from vlmflow.curation.cells import Cell, Cells, address, images_of
 from vlmflow.curation.table_files import Table, check_host, count_rows, localize
-from vlmflow.curation.turns import conversations, preferences
+from vlmflow.curation.turns import conversations, preferences, utf8
 from vlmflow.digest import digest
 from vlmflow.errors import DataError
 
@@ -182,7 +182,7 @@ def row_of(
     columns: Columns,
     named: set[str],
     cells: Cells | None = None,
-    images: int = 0,
+    images: int | None = None,
 ) -> Row:
     """A record as a row; `images` is the number of those that come from elsewhere than the record (of an adopted tar)."""
     urls = _urls(record.get(columns.url) if columns.url else None)
@@ -195,7 +195,7 @@ def row_of(
         shown = tuple(path or (urls[n] if n < len(urls) else None) for n, (_, path) in enumerate(found))
         kept = tuple(cells.add(data) for data, _ in found) if cells else ()
         urls = tuple(address(data) for data, _ in found) if not kept else tuple(cell.url for cell in kept)
-    count = images or len(urls)
+    count = len(urls) if images is None else images
     text = _text(record.get(columns.text) if columns.text else None)
     raw = record.get(columns.conversations) if columns.conversations else None
     turns, wrong_turns = conversations(raw, count)
@@ -210,7 +210,7 @@ def row_of(
         turns,
         pairs,
         _text(record.get(columns.id) if columns.id else None),
-        {k: v for k, v in ((k, _plain(v)) for k, v in record.items() if k not in named) if v is not None},
+        {utf8(k): v for k, v in ((k, _plain(v)) for k, v in record.items() if k not in named) if v is not None},
         problem,
         shown or None,
         kept,
@@ -220,7 +220,7 @@ def row_of(
 def _text(value: Any) -> str | None:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    return str(value).strip() or None
+    return utf8(str(value)).strip() or None
 
 
 def _urls(value: Any) -> tuple[str, ...]:
@@ -235,7 +235,9 @@ def _urls(value: Any) -> tuple[str, ...]:
 
 def _plain(value: Any) -> Any:
     """A value that JSON can hold; bytes and NaN become None (left out), dates and decimals text."""
-    if value is None or isinstance(value, str | bool | int):
+    if isinstance(value, str):
+        return utf8(value)
+    if value is None or isinstance(value, bool | int):
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None
@@ -244,5 +246,5 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {utf8(str(k)): _plain(v) for k, v in value.items()}
     return str(value)

@@ -322,7 +322,7 @@ def _separated(stream: Any, path: Path, separator: str) -> Iterator[Mapping[str,
 def _object(text: str, path: Path, line: int) -> Mapping[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"table {path.name}, line {line + 1}: not JSON ({error})") from error
     return _checked(value, path, line)
 
@@ -349,6 +349,8 @@ def _listed(stream: Any, path: Path) -> Iterator[Mapping[str, Any]]:
             value, end = decoder.raw_decode(text, at)
             if end == len(text):
                 raise ValueError("it ends inside the list")  # a number could go on
+        except RecursionError as error:
+            raise DataError(f"table {path.name}, record {number + 1}: nested too deeply") from error
         except ValueError as error:
             more = stream.read(block)
             if not more:

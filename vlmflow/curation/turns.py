@@ -74,7 +74,7 @@ def _parsed(value: Any, reason: str) -> tuple[Any, Problem | None]:
         return None, None
     try:
         return json.loads(value), None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None, (reason, "not JSON")
 
 
@@ -93,10 +93,19 @@ def _asked_and_answered(value: list[Any], images: int) -> list[Any]:
     return turns
 
 
+def utf8(text: str) -> str:
+    """Text that UTF-8 can hold: halves of surrogate pairs, which JSON may name, become question marks."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "replace").decode()
+    return text
+
+
 def _said(content: Any) -> str | None:
     """Text of a turn; OpenAI's content parts become text with marks."""
     if isinstance(content, str):
-        return content
+        return utf8(content)
     if not isinstance(content, list):
         return None
     words = []
@@ -108,7 +117,7 @@ def _said(content: Any) -> str | None:
             words.append(part["text"])
         else:
             return None
-    return "".join(words)
+    return utf8("".join(words))
 
 
 def _answer(value: Any) -> str | None:
@@ -118,7 +127,7 @@ def _answer(value: Any) -> str | None:
     if isinstance(value, dict):
         turn = _turn(value)
         return turn["value"] if turn and turn["from"] == "gpt" else None
-    return value if isinstance(value, str) else None
+    return utf8(value) if isinstance(value, str) else None
 
 
 def _asked(prompt: Any) -> Any:

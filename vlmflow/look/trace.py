@@ -111,7 +111,7 @@ def _sample(samples: Samples, shard: int, key: str) -> dict[str, Any] | None:
 def _failure(manifest: Manifest, shard: int, key: str) -> dict[str, Any] | None:
     ref = manifest.shards[shard]
     try:
-        failures, _ = read_failures(ref.uri)
+        failures, _ = read_failures(ref)
     except NotFound:  # shards that pull did not make have no such file
         return None
     return of_failure(manifest, failures, key, ref.uri)
