@@ -180,7 +180,9 @@ def png(data: bytes) -> bool:
 class _Rows:
     """The pixel rows of a PNG as they are inflated, a megabyte at a time."""
 
-    def start(self, width: int, height: int, depth: int, colour: int, method: int, filters: int, interlaced: int) -> bool:
+    def start(
+        self, width: int, height: int, depth: int, colour: int, method: int, filters: int, interlaced: int
+    ) -> bool:
         if method or filters or interlaced or depth not in _DEPTHS.get(colour, ()) or not width or not height:
             return False
         self._row = 1 + (width * depth * _CHANNELS[colour] + 7) // 8
