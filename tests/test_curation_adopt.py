@@ -346,3 +346,12 @@ def test_a_tar_in_a_store_is_read_once_by_large_ranges(tmp_path, monkeypatch):
     monkeypatch.setenv("VLMFLOW_SCRATCH", str(tmp_path / "cache"))
     assert samples(manifest)[29].images == (picture(29, "JPEG"),)
     assert storage.exists(manifest.shards[0].index)
+
+
+def test_preflight_names_a_missing_tar(tmp_path):
+    from vlmflow import preflight
+
+    tar(tmp_path / "t-0.tar", good(0, 1))
+    preflight._tars([str(tmp_path / "t-{0..0}.tar")], "data.web.sources.old.shards")
+    with pytest.raises(DataError, match=r"data\.web\.sources\.old\.shards: there is no tar at .*t-1\.tar"):
+        preflight._tars([str(tmp_path / "t-{0..1}.tar")], "data.web.sources.old.shards")

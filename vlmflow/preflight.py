@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 TIMEOUT = 10.0  # seconds for one probe over HTTP
 LEAST_FREE_BYTES = 256 * 2**20
+LOOKED_FOR = 100  # tars of a source, evenly spread
 OPENED_BYTES = 256 * 2**20  # a larger table is only looked for; the step that reads it checks its columns
 
 
@@ -183,7 +184,8 @@ def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, cand
 
     recipe = ctx.recipe
     allow = frozenset(host.lower() for host in recipe.pull.allow_hosts)
-    large = []
+    large: list[str] = []
+    several: list[str] = []
     data = {
         name: spec
         for name, spec in recipe.data.items()
@@ -193,12 +195,17 @@ def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, cand
     for dataset, spec in data.items():
         for name, source in spec.sources.items():
             field = f"data.{dataset}.sources.{name}"
-            if _size(f"{field}.table", source.table or "", allow) > OPENED_BYTES:
-                large.append(source.table or "")
+            if (uri := source.table) is None:
+                _tars(source.shards or [], f"{field}.shards")
+                continue
+            folder = uri.endswith("/") or "*" in uri
+            if not folder and _size(f"{field}.table", uri, allow) > OPENED_BYTES and not uri.endswith(".parquet"):
+                large.append(uri)
                 continue
             with _named(f"{field}.table"):
-                path = localize(source.table or "", ctx.scratch, allow)
-            check_columns(path, columns_of(source), field)
+                table = localize(uri, ctx.scratch, allow)
+            check_columns(table, columns_of(source), field)
+            several += [table.found] * (len(table.files) > 1)
     for name, benchmark in benchmarks.items():
         field = f"evaluation.benchmarks.{name}.table"
         if _size(field, benchmark.table, allow) > OPENED_BYTES:
@@ -210,7 +217,21 @@ def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, cand
     found = f"{count} tables"
     if large:
         found += f"; not opened, above {OPENED_BYTES // 2**20} MiB: {', '.join(large)}"
+    if several:
+        found += f"; folders: {', '.join(several)}"
     return [("tables of the recipe exist, with their columns and, of benchmarks, their rows", found)]
+
+
+def _tars(shards: list[str], field: str) -> None:
+    """Look for the tars of a source (of many, for some). Raises DataError naming the first that is not there."""
+    from vlmflow.curation.adopt import expand
+
+    uris = expand(shards, field)
+    for uri in uris[:: -(-len(uris) // LOOKED_FOR)]:
+        try:
+            storage.size(uri)
+        except NotFound as error:
+            raise DataError(f"{field}: there is no tar at {uri}. Correct the recipe or put the tar there.") from error
 
 
 @contextmanager

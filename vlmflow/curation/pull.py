@@ -136,10 +136,10 @@ def _sources(ctx: Context, dataset: str) -> list[Source]:
     tars: dict[str, list[str]] = {}
     for name in sorted(specs):
         field = f"data.{dataset}.sources.{name}"
-        if specs[name].shards:
-            tars[name] = expand(specs[name].shards, f"{field}.shards")
+        if (uri := specs[name].table) is None:
+            tars[name] = expand(specs[name].shards or [], f"{field}.shards")
         else:
-            tables[name] = localize(specs[name].table, ctx.scratch, _allow(pull))
+            tables[name] = localize(uri, ctx.scratch, _allow(pull))
             check_columns(tables[name], columns_of(specs[name]), field)
     sources: list[Source] = []
     for name in sorted(specs):

@@ -218,7 +218,7 @@ class ShardPuller:
             {**i.about, "url": url} if len(images) > 1 else i.about for i, url in zip(images, urls, strict=True)
         ]
         meta = meta_of(row, row.id or key, urls[0] if urls else None, self.source, self.licence, described)
-        return Sample(key, meta, tuple(spool.read(image) for image in images))
+        return Sample(key, meta, Images(spool, images))  # type: ignore[arg-type]
 
     def _write(self, plan: Plan, uri: str, spool: Spool, verdicts: dict[str, Verdict], doubted: bool) -> Result:
         """The tar, its index and its failures, from the spool; landed unless held."""
