@@ -114,10 +114,11 @@ def trainings_of(recipe: Recipe, pipeline: str, stage: str = "", candidate: str 
 
 def _check_layers(recipe: Recipe, stage: str, candidate: str, opened: Mapping[str, Manifest]) -> None:
     """The texts and selections that a stage learns from are made by `curate`; pulling alone does not make them."""
+    from vlmflow.recipe.mixture import CURATED_TEXTS
     from vlmflow.training.run import ingredients
 
     for use in ingredients(recipe, stage, candidate or None):
-        layers = [*([use.text] if use.text in ("ocr", "synthetic", "fused") else []), *(["keep"] if use.keep else [])]
+        layers = [*([use.text] if use.text in CURATED_TEXTS else []), *(["keep"] if use.keep else [])]
         have = opened[use.dataset].layers if use.dataset in opened else {}
         if missing := [layer for layer in layers if layer not in have]:
             raise DataError(
