@@ -133,7 +133,9 @@ def accept(data: bytes, max_pixels: int, resize: ResizeSpec | None = None) -> Ac
 
 def _other_file(data: bytes) -> str | None:
     """What else the bytes of an image are, by the marks that the other format's readers go by; None for nothing."""
-    end = data.rfind(b"PK\x05\x06", max(0, len(data) - 65557))  # a ZIP's directory ends the file, after its comment's length
+    end = data.rfind(
+        b"PK\x05\x06", max(0, len(data) - 65557)
+    )  # a ZIP's directory ends the file, after its comment's length
     if end >= 0 and end + 22 + int.from_bytes(data[end + 20 : end + 22], "little") == len(data):
         return "a ZIP archive"
     if b"%PDF-" in data[:1024]:

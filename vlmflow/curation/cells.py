@@ -92,7 +92,10 @@ def images_of(value: Any) -> tuple[list[tuple[bytes, str | None]], str | None]:
         data, path = (item.get("bytes"), item.get("path")) if isinstance(item, dict) else (item, None)
         if not isinstance(data, bytes):
             if isinstance(path, str):
-                return [], f"image {number} is the path '{path}' without bytes; for files that lie in a store set image_root"
+                return (
+                    [],
+                    f"image {number} is the path '{path}' without bytes; for files that lie in a store set image_root",
+                )
             return [], f"image {number} is a {type(item).__name__}, not bytes or {{bytes, path}}"
         found.append((data, path if isinstance(path, str) and path else None))
     return found, None

@@ -67,7 +67,16 @@ def _turn(image: Image.Image) -> Any:
     """What makes the picture upright, by its orientation tag; None for nothing. Pillow turns TIFF while it loads."""
     from PIL.Image import Transpose as T
 
-    turns = (None, T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_270, T.TRANSVERSE, T.ROTATE_90)
+    turns = (
+        None,
+        T.FLIP_LEFT_RIGHT,
+        T.ROTATE_180,
+        T.FLIP_TOP_BOTTOM,
+        T.TRANSPOSE,
+        T.ROTATE_270,
+        T.TRANSVERSE,
+        T.ROTATE_90,
+    )
     tag = 1 if image.format == "TIFF" else image.getexif().get(_ORIENTATION, 1)
     return turns[tag - 1] if isinstance(tag, int) and 1 <= tag <= 8 else None
 

@@ -21,7 +21,17 @@ from vlmflow.curation.turns import conversations, preferences
 from vlmflow.digest import digest
 from vlmflow.errors import DataError
 
-__all__ = ["Columns", "Row", "check_columns", "check_host", "columns_of", "count_rows", "localize", "read_rows", "row_of"]
+__all__ = [
+    "Columns",
+    "Row",
+    "check_columns",
+    "check_host",
+    "columns_of",
+    "count_rows",
+    "localize",
+    "read_rows",
+    "row_of",
+]
 
 DEFAULT_URL, DEFAULT_TEXT = "url", "text"
 _PEEK = 1000  # records of a JSON table looked at to learn its columns
@@ -67,7 +77,9 @@ class Row:
     @property
     def fingerprint(self) -> str:
         """Digest of everything that goes into the sample, without the row's place."""
-        later = [part for part in (self.preferences, self.shown) if part is not None]  # rows without keep their older names
+        later = [
+            part for part in (self.preferences, self.shown) if part is not None
+        ]  # rows without keep their older names
         return digest([self.urls, self.text, self.conversations, self.id, self.extra, self.problem, *later])
 
     @property
@@ -125,7 +137,9 @@ def _present(table: Table, columns: Columns, field_name: str) -> Columns:
         if table.parquet:
             present = table_files.columns(table)
         else:
-            present = list(dict.fromkeys(name for record in islice(table_files.records(table), _PEEK) for name in record))
+            present = list(
+                dict.fromkeys(name for record in islice(table_files.records(table), _PEEK) for name in record)
+            )
     except DataError as error:
         raise DataError(f"{field_name}.table: {table.uri}: {error}") from error
     for kind in columns.optional:
@@ -157,7 +171,12 @@ def _pairs(record: Mapping[str, Any], columns: Columns) -> Any:
 
 
 def row_of(
-    index: int, record: Mapping[str, Any], columns: Columns, named: set[str], cells: Cells | None = None, images: int = 0
+    index: int,
+    record: Mapping[str, Any],
+    columns: Columns,
+    named: set[str],
+    cells: Cells | None = None,
+    images: int = 0,
 ) -> Row:
     """A record as a row; `images` is the number of those that come from elsewhere than the record (of an adopted tar)."""
     urls, shown, kept, problem = _urls(record.get(columns.url) if columns.url else None), None, (), None

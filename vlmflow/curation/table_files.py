@@ -89,7 +89,9 @@ def _parts(folder: str, pattern: str) -> tuple[str, ...]:
     """Parquet files right in a folder, by name; hidden ones left out. Raises DataError when it is unclear which are meant."""
     names = {item.uri[len(folder) :].lstrip("/"): item.uri for item in storage.list_uris(folder.rstrip("/"))}
     shown = {n: uri for n, uri in names.items() if not any(p.startswith((".", "_")) for p in n.split("/"))}
-    here = {n: uri for n, uri in shown.items() if n.endswith(".parquet") and "/" not in n and fnmatchcase(n, pattern or "*")}
+    here = {
+        n: uri for n, uri in shown.items() if n.endswith(".parquet") and "/" not in n and fnmatchcase(n, pattern or "*")
+    }
     if not here:
         below = sorted({n.rsplit("/", 1)[0] for n in shown if n.endswith(".parquet") and "/" in n})
         hint = f"; there are some in {', '.join(below[:8])}: name that folder" if below else ""
@@ -169,7 +171,9 @@ def columns(table: Table) -> list[str]:
     return first
 
 
-def records(table: Table, start: int = 0, stop: int | None = None, images: Collection[str] = ()) -> Iterator[Mapping[str, Any]]:
+def records(
+    table: Table, start: int = 0, stop: int | None = None, images: Collection[str] = ()
+) -> Iterator[Mapping[str, Any]]:
     """Rows `start` to `stop` of a table. Binary columns are left out, except those named in `images`."""
     if not table.parquet:
         for number, record in enumerate(_text_records(table.files[0])):
@@ -183,11 +187,15 @@ def records(table: Table, start: int = 0, stop: int | None = None, images: Colle
         file = _parquet(name)
         end = first + file.metadata.num_rows
         if end > start and (stop is None or first < stop):
-            yield from _parquet_records(file, name, max(start - first, 0), None if stop is None else stop - first, images)
+            yield from _parquet_records(
+                file, name, max(start - first, 0), None if stop is None else stop - first, images
+            )
         first = end
 
 
-def _parquet_records(file: Any, name: str, start: int, stop: int | None, images: Collection[str]) -> Iterator[Mapping[str, Any]]:
+def _parquet_records(
+    file: Any, name: str, start: int, stop: int | None, images: Collection[str]
+) -> Iterator[Mapping[str, Any]]:
     import pyarrow as pa
 
     wanted = [f.name for f in file.schema_arrow if f.name in images or not _binary(f.type)]
@@ -205,7 +213,10 @@ def _parquet_records(file: Any, name: str, start: int, stop: int | None, images:
     try:
         batch_size = RECORDS_WITH_IMAGES if images else RECORDS
         for batch in file.iter_batches(batch_size, row_groups=groups, columns=wanted):
-            low, high = max(start - position, 0), batch.num_rows if stop is None else min(stop - position, batch.num_rows)
+            low, high = (
+                max(start - position, 0),
+                batch.num_rows if stop is None else min(stop - position, batch.num_rows),
+            )
             if low < high:
                 yield from batch.slice(low, high - low).to_pylist()
             position += batch.num_rows
@@ -302,7 +313,9 @@ def _separated(stream: Any, path: Path, separator: str) -> Iterator[Mapping[str,
     csv.field_size_limit(1 << 30)
     for number, record in enumerate(csv.DictReader(stream, delimiter=separator)):
         if None in record:
-            raise DataError(f"table {path.name}: row {number} has more fields than the header; quote separators inside text")
+            raise DataError(
+                f"table {path.name}: row {number} has more fields than the header; quote separators inside text"
+            )
         yield record
 
 
