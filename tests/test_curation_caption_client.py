@@ -241,6 +241,18 @@ def test_password_and_key_together_are_refused_without_telling_either(monkeypatc
     assert "hunter2" not in str(error.value) and KEY not in str(error.value)
 
 
+@pytest.mark.parametrize("end", ["", "/", "/chat/completions", "?api-version=1&key=opensesame", "/?key=opensesame"])
+def test_the_address_may_be_written_with_or_without_its_end_and_with_a_query(monkeypatch, end):
+    async def handle(self, request):
+        return web.json_response(chat(f"{request.path_qs}"))
+
+    monkeypatch.setattr(Server, "handle", handle)
+    with serving(None) as (_, url):
+        (answer,) = ask(monkeypatch, url + end)
+    query = end.partition("?")[2].replace("opensesame", "***")
+    assert answer.text == "/v1/chat/completions" + (f"?{query}" if query else "")
+
+
 def test_refusal_field(monkeypatch):
     with serving(lambda body, n: chat(None, refusal="I cannot do that")) as (_, url):
         answer = ask(monkeypatch, url)[0]

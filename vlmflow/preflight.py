@@ -268,17 +268,14 @@ def _mlflow(ctx: Context) -> list[tuple[str, str]]:
 
 def _services(ctx: Context) -> list[tuple[str, str]]:
     rows = []
-    for name in ("caption", "fuse"):
-        step = getattr(ctx.recipe.curation, name)
-        if ctx.recipe.curation.dataset and step.engine == "openai":
-            url = os.environ.get(step.endpoint_env, "")
-            if not url:
-                raise ServiceError(
-                    f"curation.{name}.engine is 'openai', but {step.endpoint_env} is not set; it must hold the base URL of "
-                    "an OpenAI-compatible endpoint."
-                )
-            _alive(url, f"curation.{name}: the server that {step.endpoint_env} names")
-            rows.append((f"endpoint of {name} answers", step.endpoint_env))  # its address may hold a key
+    for field, variable in ctx.recipe.curation.endpoints():
+        if not (url := os.environ.get(variable, "")):
+            raise ServiceError(
+                f"{field} asks a model server, but {variable} is not set; it must hold the base URL of an OpenAI-compatible "
+                "endpoint, up to and with /v1."
+            )
+        _alive(web.without_credentials(url), f"{field}: the server that {variable} names")
+        rows.append((f"endpoint of {field} answers", variable))  # its address may hold a key
     return rows
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from vlmflow.errors import RecipeError, ServiceError
 
@@ -122,7 +122,9 @@ class Client:
         self.answered = 0
         self._url = _address(endpoint)
         self._key = os.environ.get(endpoint.key_env) or None
-        self._secrets = [s for s in (self._key, urlsplit(self._url).password) if s]
+        parts = urlsplit(self._url)
+        in_url = [parts.password, *(value for _, value in parse_qsl(parts.query) if len(value) > 7)]
+        self._secrets = [secret for secret in (self._key, *in_url) if secret]
         self._pace = _Pace(endpoint.concurrency)
         self._session: Any = None
 
@@ -250,7 +252,7 @@ class Client:
 
 
 def _address(endpoint: Endpoint) -> str:
-    base = os.environ.get(endpoint.url_env, "").strip().rstrip("/")
+    base = os.environ.get(endpoint.url_env, "").strip()
     if not base:
         raise RecipeError(
             f"environment variable {endpoint.url_env} is not set: it must hold the base URL of an OpenAI-compatible server, "
@@ -268,7 +270,8 @@ def _address(endpoint: Endpoint) -> str:
             f"{endpoint.url_env} holds a user name or password and {endpoint.key_env} a key: a request can carry one of them "
             "only; clear the other"
         )
-    return base if base.endswith("/chat/completions") else base + "/chat/completions"
+    path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    return parts._replace(path=path, fragment="").geturl()
 
 
 @lru_cache(maxsize=256)

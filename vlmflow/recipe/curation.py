@@ -264,6 +264,17 @@ class CurationSpec(Section):
             raise ValueError("curation.describe.repair_model_name is required: the endpoint must be told which model")
         return self
 
+    def endpoints(self) -> list[tuple[str, str]]:
+        """(field, name of the environment variable with the address) of every server that the steps will ask."""
+        found = []
+        for name in ("caption", "fuse", "describe", "docqa", "judge"):
+            step = getattr(self, name)
+            if step and getattr(step, "engine", "openai") == "openai":
+                found.append((f"curation.{name}", step.endpoint_env))
+        if self.describe and self.describe.repair:
+            found.append(("curation.describe.repair", self.describe.repair_endpoint_env))
+        return found if self.dataset else []
+
     def missing_section(self, text: str | None) -> str | None:
         """The section whose step makes a text, when the recipe lacks it; the steps of other texts always run."""
         sections = {"described": ("curation.describe", self.describe), "docqa": ("curation.docqa", self.docqa)}
