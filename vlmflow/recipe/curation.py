@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from vlmflow.recipe.base import Name, Section, Share
 
 Engine = Literal["model", "openai"]
-TextLayer = Literal["fused", "alt", "synthetic", "ocr"]
+TextLayer = Literal["fused", "alt", "synthetic", "described", "ocr"]
 
 
 class EndpointFields(Section):
@@ -147,6 +147,7 @@ class JudgeSpec(EndpointFields):
 
     endpoint_env: str = Field("VLMFLOW_FUSE_URL", description="environment variable with the text model's base URL")
     key_env: str = Field("VLMFLOW_FUSE_KEY", description="environment variable with the API key")
+    text: TextLayer | Literal["conversations", "docqa"] = Field("conversations", description="what is judged")
     checks: list[Literal["needs_image", "grammar"]] = Field(
         default_factory=lambda: ["grammar"],  # type: ignore[arg-type]
         min_length=1,
@@ -154,7 +155,14 @@ class JudgeSpec(EndpointFields):
         "dropping grammar errors better than mending them, and dropping text-like questions slightly worse",
     )
     drop: bool = Field(True, description="drop what a check finds; false = only label it")
+    max_new_tokens: int = Field(100, ge=1, description="longest verdict in tokens")
     failure_limit: Share = Field(0.05, description="largest share of samples without a verdict")
+
+    @model_validator(mode="after")
+    def _questions(self) -> JudgeSpec:
+        if "needs_image" in self.checks and self.text not in ("conversations", "docqa"):
+            raise ValueError(f"checks: needs_image asks the questions of conversations or docqa; text is '{self.text}'")
+        return self
 
 
 class DedupSpec(Section):
@@ -247,6 +255,28 @@ class CurationSpec(Section):
         for name, step in steps.items():
             if step and getattr(step, "engine", "openai") == "openai" and not step.model_name:
                 raise ValueError(f"curation.{name}.model_name is required: the endpoint must be told which model")
+        named = {"clean": self.clean, "judge": self.judge, "dedup": self.dedup, "contamination": self.contamination}
+        for name, step in [*named.items(), ("perplexity", self.perplexity)]:
+            text = getattr(step, "text", None)
+            if section := self.missing_section(text):
+                raise ValueError(f"curation.{name}.text is '{text}', which the step of section {section} makes; add it")
         if self.describe and self.describe.repair and not self.describe.repair_model_name:
             raise ValueError("curation.describe.repair_model_name is required: the endpoint must be told which model")
         return self
+
+    def endpoints(self) -> list[tuple[str, str]]:
+        """(field, name of the environment variable with the address) of every server that the steps will ask."""
+        found = []
+        for name in ("caption", "fuse", "describe", "docqa", "judge"):
+            step = getattr(self, name)
+            if step and getattr(step, "engine", "openai") == "openai":
+                found.append((f"curation.{name}", step.endpoint_env))
+        if self.describe and self.describe.repair:
+            found.append(("curation.describe.repair", self.describe.repair_endpoint_env))
+        return found if self.dataset else []
+
+    def missing_section(self, text: str | None) -> str | None:
+        """The section whose step makes a text, when the recipe lacks it; the steps of other texts always run."""
+        sections = {"described": ("curation.describe", self.describe), "docqa": ("curation.docqa", self.docqa)}
+        name, section = sections.get(text or "", ("", True))
+        return None if section else name
