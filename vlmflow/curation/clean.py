@@ -19,7 +19,6 @@ from vlmflow.curation.objects import OTHER, main_object
 from vlmflow.curation.repetition import repetition
 from vlmflow.curation.words import turns, words
 from vlmflow.dataset.layer import add_layer
-from vlmflow.errors import RecipeError
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
@@ -58,13 +57,10 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
 
     Raises:
         DataError: no layer `phash`, or no layer of that text.
-        RecipeError: min_words above max_words.
     """
     spec = ctx.recipe.curation.clean
     if spec is None:
         return manifest
-    if spec.min_words > spec.max_words:
-        raise RecipeError(f"curation.clean: min_words {spec.min_words} is above max_words {spec.max_words}; no text fits")
     reads = [phash.LAYER, *([spec.text] if spec.text not in (None, "alt") else [])]
     for name in reads:
         manifest.layer(name)
@@ -100,7 +96,9 @@ def row(spec: CleanSpec, key: str, meta: Mapping[str, Any], text: str | None, br
         if min(width, height) < spec.min_side:
             problems.append(f"side {min(width, height)} < {spec.min_side}{which}")
         if max(width, height) > spec.max_aspect * min(width, height):
-            problems.append(f"aspect {max(width, height) / max(1, min(width, height)):.1f} > {spec.max_aspect:g}{which}")
+            problems.append(
+                f"aspect {max(width, height) / max(1, min(width, height)):.1f} > {spec.max_aspect:g}{which}"
+            )
     if text is None:
         return {"key": key, "problems": problems, "object": OTHER}
     count, spoken, repeated = len(words(text)), language(text), repetition(text)

@@ -67,7 +67,9 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
 
     texts = _texts(manifest, which, ctx.scratch)
     sources = _Groups.of_shards(manifest)
-    chosen = Selection(selection.ranking(keys, np.where(dropped, np.nan, values), spec.order, ctx.recipe.seed), len(keys))
+    chosen = Selection(
+        selection.ranking(keys, np.where(dropped, np.nan, values), spec.order, ctx.recipe.seed), len(keys)
+    )
     if spec.drop_duplicate_texts:
         chosen.drop_repeated(texts)
     thinned = {}
@@ -105,10 +107,6 @@ def _check(curation: CurationSpec, manifest: Manifest) -> None:
         raise RecipeError(
             "curation.keep: threshold and order 'random' contradict each other; remove threshold or use lowest or highest"
         )
-    if spec.threshold is not None and spec.per_source:
-        raise RecipeError("curation.keep: per_source is about fraction; remove it or threshold")
-    if spec.balance and curation.clean is None:
-        raise RecipeError("curation.keep.balance needs the main objects that curation.clean finds; turn clean on")
     if unknown := sorted(set(spec.quota) - set(manifest.sources)):
         raise RecipeError(
             f"curation.keep.quota names {unknown}, but dataset '{manifest.name}' has the sources {manifest.sources}"
@@ -170,7 +168,9 @@ def _texts(manifest: Manifest, which: str, scratch: Any) -> Any:
     found: list[Any] = []
     for shard in manifest.shards:
         reader = ShardReader(shard, scratch)
-        found.append(pa.array([text_of("alt", k, reader.meta(k), {})[0] or None for k in reader.keys()], pa.large_string()))
+        found.append(
+            pa.array([text_of("alt", k, reader.meta(k), {})[0] or None for k in reader.keys()], pa.large_string())
+        )
     return pa.concat_arrays(found)
 
 
@@ -199,7 +199,9 @@ def _benchmarks(manifest: Manifest, kept: np.ndarray, scratch: Any) -> dict[str,
     found = stacked(manifest, "contamination", scratch, ["found"])["found"].filter(kept)
     met = Counter(name.split("/", 1)[0] for name in found.combine_chunks().flatten().unique().to_pylist())
     items = manifest.layer("contamination").summary["items"]
-    return {name: {"items": n, "found": met[name], "share": round(met[name] / n, 6)} for name, n in sorted(items.items())}
+    return {
+        name: {"items": n, "found": met[name], "share": round(met[name] / n, 6)} for name, n in sorted(items.items())
+    }
 
 
 @dataclass(frozen=True)
@@ -259,4 +261,3 @@ class _Reasons:
         if value == last:
             return f"perplexity {value:.5g} ties with the cut of the {share}; the key decides"
         return f"perplexity {value:.5g} is beyond the {share} (to {last:.5g})"
-

@@ -8,7 +8,7 @@ nouns holds no such word: its language is None, which no rule drops. Letters tha
 from __future__ import annotations
 
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from functools import lru_cache
 
 from vlmflow.curation.word_lists import words_of
@@ -45,16 +45,34 @@ SMALL_WORDS = {
         "de het een en van in op met voor is dat niet aan te zijn naar bij door uit over om ook als er die naast twee wordt "
         "deze dit ik je wij hij zij"
     ),
-    "sv": words_of("en ett och på med i av för är som att det den till inte från vid har två under över om sig de vi jag ska"),
-    "da": words_of("en et og på med i af for er som at det den til ikke fra ved har to under over om sig de vi jeg skal"),
-    "no": words_of("en ei et og på med i av for er som at det den til ikke fra ved har to under over om seg de vi jeg skal"),
-    "fi": words_of("ja on ei se että joka kun hän ovat oli kanssa myös mutta sekä kaksi vieressä päällä edessä hyvin tai niin"),
-    "pl": words_of("i w na z do się nie jest to że od za przez dla po o jak są ale przy obok dwa dwie który która u oraz lub"),
-    "cs": words_of("a v na s z do se je to že od za pro po o jak jsou ale při vedle dva dvě který která u nebo ve jeho není"),
-    "ro": words_of("și în cu de la pe un o este pentru din nu care mai sunt al ai ale lângă doi două sau prin despre fost"),
+    "sv": words_of(
+        "en ett och på med i av för är som att det den till inte från vid har två under över om sig de vi jag ska"
+    ),
+    "da": words_of(
+        "en et og på med i af for er som at det den til ikke fra ved har to under over om sig de vi jeg skal"
+    ),
+    "no": words_of(
+        "en ei et og på med i av for er som at det den til ikke fra ved har to under over om seg de vi jeg skal"
+    ),
+    "fi": words_of(
+        "ja on ei se että joka kun hän ovat oli kanssa myös mutta sekä kaksi vieressä päällä edessä hyvin tai niin"
+    ),
+    "pl": words_of(
+        "i w na z do się nie jest to że od za przez dla po o jak są ale przy obok dwa dwie który która u oraz lub"
+    ),
+    "cs": words_of(
+        "a v na s z do se je to že od za pro po o jak jsou ale při vedle dva dvě který která u nebo ve jeho není"
+    ),
+    "ro": words_of(
+        "și în cu de la pe un o este pentru din nu care mai sunt al ai ale lângă doi două sau prin despre fost"
+    ),
     "hu": words_of("a az és egy van nem hogy ez is meg de mint két vagy mellett alatt fölött volt lesz ki be fel le"),
-    "tr": words_of("ve bir bu ile için de da çok olarak iki olan üzerinde yanında gibi daha var değil en ne o ya veya her"),
-    "id": words_of("yang dan di dengan untuk dari ini itu pada adalah ke sebuah seorang tidak dua atas oleh atau juga akan dalam"),
+    "tr": words_of(
+        "ve bir bu ile için de da çok olarak iki olan üzerinde yanında gibi daha var değil en ne o ya veya her"
+    ),
+    "id": words_of(
+        "yang dan di dengan untuk dari ini itu pada adalah ke sebuah seorang tidak dua atas oleh atau juga akan dalam"
+    ),
     "vi": words_of("và của là một có trong với cho các không được trên người này những đang hai để ở bên khi đã từ ra"),
 }
 """ISO 639-1 code -> words, case folded."""
@@ -100,14 +118,17 @@ def language(text: str) -> str | None:
 
 
 def _latin(text: str) -> str | None:
-    weights, scores = _weights(), Counter[str]()
+    weights = _weights()
+    scores: dict[str, float] = defaultdict(float)
     for word in words(text):
         for code in weights.get(word, ()):
             scores[code] += 1 / len(weights[word])
     for letter in set(unicodedata.normalize("NFC", text.casefold())):
         if letter in LETTERS:
             scores[LETTERS[letter]] += 1
-    (best, score), (_, second) = [*scores.most_common(2), ("", 0.0), ("", 0.0)][:2]
+    (best, score), (_, second) = [*sorted(scores.items(), key=lambda pair: (-pair[1], pair[0])), ("", 0.0), ("", 0.0)][
+        :2
+    ]
     return best if score >= ENOUGH and score >= LEAD * second else None
 
 

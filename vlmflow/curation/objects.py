@@ -76,7 +76,9 @@ PAIRS = {
     ("orange", "juice"): "food", ("french", "fry"): "food", ("fire", "truck"): OTHER, ("flower", "pot"): OTHER,
 }  # fmt: skip
 """Two words that together name something else than the first alone; "" = a description, no object."""
-ADJECTIVES = frozenset({"orange", "rose", "lime", "peach", "cherry", "model", "human", "male", "female", "chocolate", "pet"})
+ADJECTIVES = frozenset(
+    {"orange", "rose", "lime", "peach", "cherry", "model", "human", "male", "female", "chocolate", "pet"}
+)
 """Nouns of the lists that before another word most often describe it: they count only where no other noun is found."""
 
 
