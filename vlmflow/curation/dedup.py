@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmflow.curation import phash
-from vlmflow.curation.columns import column, numbers, stacked, text_numbers
+from vlmflow.curation.columns import column, numbers, one_of_each, stacked, text_numbers
 from vlmflow.dataset.layer import seal_columns
-from vlmflow.errors import DataError
 from vlmflow.vision.near import Index, blocks
 
 if TYPE_CHECKING:
@@ -53,7 +52,7 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
     table = stacked(
         manifest, phash.LAYER, ctx.scratch, ["key", "plain", "trimmed", "content", "text", "turns", "pixels"]
     )
-    keys = column(table["key"])
+    keys = one_of_each(table["key"], manifest.name)
     texts = text_numbers(manifest, spec.text, table, ctx.scratch) if spec.text else numbers(table["text"])
     order = _order(table)
     samples = _Samples.of(table, texts, spec.same_text, spec.images is not None).take(order)
@@ -91,12 +90,6 @@ def _order(table: Any) -> np.ndarray:
     """Rows from first to last in rank."""
     import pyarrow.compute as pc
 
-    if len(pc.unique(table["key"])) != len(table):
-        counts = Counter(table["key"].to_pylist())
-        key, n = counts.most_common(1)[0]
-        raise DataError(
-            f"key '{key}' stands in {n} shards; keys name the sample that stays and must be unique. Pull it again."
-        )
     return pc.sort_indices(table, [("pixels", "descending"), ("key", "ascending")]).to_numpy().astype(np.int64)
 
 
@@ -193,7 +186,7 @@ def _leaders(units: _Samples, distance: int | None, by_text: bool) -> tuple[np.n
         inside = np.arange(block.start, block.stop)
         inside = inside[leader[spots[inside]] < 0]
         met: dict[int, list[tuple[int, int, int]]] = {}
-        for code, index in views:
+        for code, index in views if len(inside) else ():
             query, found, apart = index.later(inside)
             for q, f, d in zip(spots[inside[query]].tolist(), spots[found].tolist(), apart.tolist(), strict=True):
                 met.setdefault(q, []).append((f, code, d))

@@ -131,15 +131,27 @@ class DocqaSpec(EndpointFields):
 class CleanSpec(Section):
     """Layers `phash` and `clean`: checks of each sample by itself; a failed check drops the sample with its reason."""
 
-    text: TextLayer | None = Field("fused", description="which text is checked; None = the images only")
+    text: TextLayer | None = Field(
+        "fused",
+        description="which text is checked (alt = conversations and preferences where a sample has them); None = images only",
+    )
     min_side: int = Field(1, ge=1, description="pixels of the shorter side of every image")
     max_aspect: float = Field(30.0, ge=1, description="longer side over shorter side")
     min_words: int = Field(1, ge=0, description="words of the text (characters where a script has no spaces)")
-    max_words: int = Field(2000, ge=1, description="words of the text")
+    max_words: int = Field(2000, ge=1, description="words of the text, at least min_words")
     languages: list[str] = Field(
-        default_factory=list, description="ISO 639-1 codes that may stay, e.g. [en, zh]; empty = all"
+        default_factory=list,
+        description="ISO 639-1 codes that may stay, e.g. [en, zh]; empty = all. Texts whose language cannot be told stay",
     )
-    max_repetition: Share = Field(0.5, description="largest share of repeated character 10-grams (data-juicer: 0.5)")
+    max_repetition: Share = Field(
+        0.5, description="largest share of character 10-grams that occurred before in the text (data-juicer: 0.5)"
+    )
+
+    @model_validator(mode="after")
+    def _some_length(self) -> CleanSpec:
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}; no text fits")
+        return self
 
 
 class JudgeSpec(EndpointFields):
@@ -166,13 +178,20 @@ class JudgeSpec(EndpointFields):
 
 
 class DedupSpec(Section):
-    """Layer `dedup`: exact and near duplicates over all sources of the dataset; the first in rank stays."""
+    """Layer `dedup`: exact and near duplicates over all sources of the dataset; of duplicates the one with most pixels stays."""
 
     images: int | None = Field(
-        6, ge=0, le=16, description="largest Hamming distance of 64-bit perceptual hashes; None = identical bytes only"
+        6,
+        ge=0,
+        le=16,
+        description="largest Hamming distance of 64-bit perceptual hashes; None = identical bytes only. Above 6 a million samples "
+        "take several times as long",
     )
     text: TextLayer | None = Field(None, description="also one sample a wording of this text; None = images only")
-    same_text: bool = Field(False, description="near images count as duplicates only when their texts agree too")
+    same_text: bool = Field(
+        False,
+        description="images count as duplicates only when the texts agree too; conversations and preferences always must",
+    )
 
 
 class ContaminationSpec(Section):
@@ -182,7 +201,9 @@ class ContaminationSpec(Section):
         6, ge=0, le=16, description="largest Hamming distance of perceptual hashes, also trimmed and mirrored"
     )
     ngram: int = Field(13, ge=3, description="words in a row that count as the same text")
-    text: TextLayer | None = Field(None, description="layer whose text is compared; None = alt text and conversations")
+    text: TextLayer | None = Field(
+        None, description="which text is compared; None = alt text, conversations and preferences"
+    )
     drop: bool = Field(True, description="drop contaminated samples; false = only count them")
 
 
@@ -190,7 +211,9 @@ class BalanceSpec(Section):
     """Fewer samples of the commonest main objects (POINTS app. E, spec/points.md 5: +0.6)."""
 
     top: int = Field(
-        6, ge=1, description="how many of the commonest classes are thinned when they exceed the mean count"
+        6,
+        ge=1,
+        description="how many of the commonest classes are thinned when they exceed the mean count; `other` is never thinned",
     )
     to: Share = Field(0.6, gt=0, description="share of such a class that stays, the first in rank")
 
@@ -228,6 +251,12 @@ class KeepSpec(Section):
     balance: BalanceSpec | None = Field(None, description="thin out the commonest main objects before the selection")
     drop_duplicate_texts: bool = Field(False, description="keep each text once (the first in rank)")
 
+    @model_validator(mode="after")
+    def _one_measure(self) -> KeepSpec:
+        if self.per_source and self.threshold is not None:
+            raise ValueError("per_source is about fraction; remove it or threshold")
+        return self
+
 
 class CurationSpec(Section):
     """Steps over one dataset of image + alt text; None leaves curation out."""
@@ -248,6 +277,12 @@ class CurationSpec(Section):
     contamination: ContaminationSpec | None = Field(None, description="samples that stand in a benchmark")
     perplexity: PerplexitySpec = Field(default_factory=PerplexitySpec, description="perplexity of a text")
     keep: KeepSpec = Field(default_factory=KeepSpec, description="which samples stay")
+
+    @model_validator(mode="after")
+    def _objects_known(self) -> CurationSpec:
+        if self.keep.balance and self.clean is None:
+            raise ValueError("curation.keep.balance needs the main objects that curation.clean finds; turn clean on")
+        return self
 
     @model_validator(mode="after")
     def _endpoints_named(self) -> CurationSpec:
