@@ -85,6 +85,7 @@ class Gallery:
         pager = _pager(q, total)
         bar = el(
             "div",
+            el("a", "filters ↓", href="#filters", cls="to-filters"),
             el("b", f"{count(total)} of {count(self.table.rows)} samples"),
             cards.order_form(self.table, q),
             el("span", cls="grow"),
@@ -103,7 +104,7 @@ class Gallery:
         side.append(cards.facet_list(facets, q))
         keys = (("←", ""), ("→", " page  "), ("j", ""), ("k", " card  "), ("Enter", " open  "), ("/", " search"))
         side.append(el("p", *(join([el("kbd", key), does, " "]) for key, does in keys), cls="hint"))
-        body = el("main", el("aside", *side), el("div", *results, cls="results"), cls="look")
+        body = el("main", el("aside", *side, id="filters"), el("div", *results, cls="results"), cls="look")
         return self._page(self.manifest.name, body)
 
     def sample(self, n: int) -> str:
@@ -226,8 +227,8 @@ def _pager(q: query.Query, total: int) -> Safe:
         return el("a", title, href=q.url(page=page), data_go=go, rel=go) if inside else el("span", title, cls="off")
 
     return el(
-        "nav", step("« first", 1, "first"), step("‹ back", q.page - 1, "prev"), el("span", f"page {count(q.page)} of {count(pages)}"),
-        step("next ›", q.page + 1, "next"), step("last »", pages, "last"), cls="pager", aria_label="pages",
+        "div", step("« first", 1, "first"), step("‹ back", q.page - 1, "prev"), el("span", f"page {count(q.page)} of {count(pages)}"),
+        step("next ›", q.page + 1, "next"), step("last »", pages, "last"), cls="pager", role="navigation", aria_label="pages",
     )  # fmt: skip
 
 
