@@ -21,7 +21,7 @@ MOST_CHARS = 1200  # of a text on a card; the sample's own page has all of it
 MOST_SCORES = 10
 _BADGES = {"kept": "good", "dropped": "bad", "undecided": ""}
 _BARS = {"kept": "kept", "dropped": "gone", "undecided": "undecided"}
-_NOISE = ("_tokens", ".tokens", ".nll", ".finish")  # for the sample's own page and for sorting
+NOISE = ("_tokens", ".tokens", ".nll", ".finish")  # for the sample's own page and for sorting
 _UNSHOWN = {
     "sample.id",
     "sample.url",
@@ -51,7 +51,7 @@ def card(row: Mapping[str, Any], table: Table, picture: Safe | None, sort: str =
     scores: list[tuple[str, Any]] = []
     for name, column in table.columns.items():
         value = row.get(name)
-        if value is None or value == [] or name in FIXED or column.layer == "phash" or name in _UNSHOWN:
+        if value is None or value == [] or name in FIXED or name in _UNSHOWN:
             continue
         if name.endswith(".error"):
             if str(value).startswith(UPSTREAM):  # told by the layer that failed
@@ -65,7 +65,7 @@ def card(row: Mapping[str, Any], table: Table, picture: Safe | None, sort: str =
                 and not (column.kind == "json" and f"{column.layer}.text" in table.columns)
             ):
                 words.append(el("div", el("b", _title(name)), el("div", text, cls="clamp")))
-        elif column.kind in ("number", "flag", "category") and column.layer != SAMPLE and not name.endswith(_NOISE):
+        elif column.kind in ("number", "flag", "category") and column.layer != SAMPLE and not name.endswith(NOISE):
             scores.append((name, value))
     size = (row.get("sample.width"), row.get("sample.height"))
     scores.sort(key=lambda item: item[0] != sort)

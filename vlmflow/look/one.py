@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from vlmflow.look.samples import Samples
 
 
-def body(manifest: Manifest, row: dict[str, Any], samples: Samples, n: int) -> Safe:
+def body(manifest: Manifest, row: dict[str, Any], samples: Samples) -> Safe:
     """The page's content. Raises DataError when the shard does not hold what the manifest says."""
     found = of_sample(manifest, row["shard"], row["key"], samples)
     pictures = [
-        el("a", el("img", src=f"/image?n={n}&i={i}", alt=f"picture {i}"), href=f"/image?n={n}&i={i}")
+        el("a", el("img", src=f"/image?n={row['n']}&i={i}", alt=f"picture {i}"), href=f"/image?n={row['n']}&i={i}")
         for i in range(len(found["fetched"]))
     ]
     badge = {"kept": "good", "dropped": "bad"}.get(found["state"], "")

@@ -40,9 +40,10 @@ NO_CATEGORY = ("key", "id", "url", "text", "talk", "sha256", "reason", "error") 
 FETCH_LIMIT = 1 << 30  # bytes of shards that are fetched unasked for what the samples themselves say
 SAMPLE = "sample"  # stands in for a layer's name in columns of the samples' own JSON
 FIXED = ("n", "shard", "source", "key", "state", "reason", "reason_kind", "errors")
+DIGESTS = ("phash.content", "phash.text", "phash.turns")  # numbers that only say what is equal
 _SAMPLE_SCHEMA = {
     "id": "string", "url": "string", "text": "string", "talk": "string", "licence": "string", "images": "int64",
-    "width": "int64", "height": "int64", "aspect": "double", "format": "string", "sha256": "string",
+    "width": "int64", "height": "int64", "aspect": "float64", "format": "string", "sha256": "string",
 }  # fmt: skip
 NUMBER = r"[-+]?\d[\d.,]*(e[-+]?\d+)?"
 _SHELL: dict[str, Any] = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
@@ -50,7 +51,7 @@ _SHELL: dict[str, Any] = {"autoinstall_known_extensions": False, "autoload_known
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the wide table: `kind` is number, flag, category (few short values), text, list (of texts), numbers or json."""
+    """A column of the wide table: `kind` is number, flag, category (few short values), text, list (of texts) or json."""
 
     name: str
     kind: str
@@ -208,7 +209,11 @@ def _shard_tables(manifest: Manifest, scratch: Path, samples: bool, kinds: dict[
                     f"of shard {shard.uri} in their order. Delete it and run the step again."
                 )
             for column in part.column_names:
-                if column != "key":
+                if (
+                    column != "key"
+                    and f"{name}.{column}" not in DIGESTS
+                    and not _numbers(part.schema.field(column).type)
+                ):
                     columns[f"{name}.{column}"] = part.column(column)
             for column in json.loads((part.schema.metadata or {}).get(b"vlmflow.kinds", b"{}")):
                 kinds[f"{name}.{column}"] = "json"
@@ -220,12 +225,7 @@ def _shard_tables(manifest: Manifest, scratch: Path, samples: bool, kinds: dict[
             )
         if samples:
             facts = [sample_facts(reading.meta(number, key)) for key in keys.to_pylist()]
-            schema = pa.schema(
-                [
-                    (name, getattr(pa, kind if kind != "double" else "float64")())
-                    for name, kind in _SAMPLE_SCHEMA.items()
-                ]
-            )
+            schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in _SAMPLE_SCHEMA.items()])
             own = pa.Table.from_pylist(facts, schema=schema)
             columns = {f"{SAMPLE}.{name}": own.column(name) for name in own.column_names} | columns
         count = len(keys)
@@ -237,6 +237,13 @@ def _shard_tables(manifest: Manifest, scratch: Path, samples: bool, kinds: dict[
         }
         start += count
         yield pa.table(fixed | columns)
+
+
+def _numbers(kind: Any) -> bool:
+    """Lists of numbers (hashes, boxes): nothing that is filtered or sorted by; a sample's own page shows them."""
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) and not pa.types.is_string(kind.value_type)
 
 
 def sample_facts(meta: dict[str, Any]) -> dict[str, Any]:
@@ -322,7 +329,7 @@ def _describe(con: duckdb.DuckDBPyConnection, kinds: dict[str, str]) -> None:
         if name in kinds:
             kind = kinds[name]
         elif stored.endswith("[]"):
-            kind = "list" if stored == "VARCHAR[]" else "numbers"
+            kind = "list"
         elif stored == "BOOLEAN":
             kind = "flag"
         elif stored == "VARCHAR":
