@@ -76,6 +76,8 @@ def body(
             parts.append(el("div", cards.plot(query.histogram(con, table, asked, sort)), cls="plot"))
         ends = [(f"Lowest {sort}", "asc"), (f"Highest {sort}", "desc")]
         groups += [(title, replace(asked, sort=sort, order=order, page=1, per=each)) for title, order in ends]
+    else:
+        groups.append(("Some samples", replace(asked, sort=query.RANDOM, order="asc", page=1, per=each)))
     reasons = next((f.entries for f in facets if f.parameter == "reason"), [])
     for reason, number in reasons[:REASONS]:
         if reason and number:
@@ -90,8 +92,6 @@ def body(
                     replace(asked.asked("error", [error]), sort=query.RANDOM, order="asc", per=each),
                 )
             )
-    if not groups:
-        groups.append(("Some samples", replace(asked, sort=query.RANDOM, order="asc", per=each)))
     for title, q in groups:
         rows = query.page(con, table, q)
         if not table.with_samples:
