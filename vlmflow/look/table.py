@@ -13,11 +13,15 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmflow import storage_cache
 from vlmflow.curation.inputs import UPSTREAM
 from vlmflow.dataset.layer import read_columns
 from vlmflow.errors import DataError, NoSpace, StorageError
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 VERSION = 1  # raise when the same manifest would give another file
 MEMORY = "2GB"  # of DuckDB; what does not fit is spilled to the scratch folder
 THREADS = 2
+DAY = 86400.0  # seconds
 BATCH_ROWS = 50_000
 BATCH_BYTES = 64 << 20
 CATEGORIES = 40  # texts of at most so many different values are counted one by one
@@ -78,7 +83,10 @@ class Table:
         """A read-only connection; close it, or use it as a context manager."""
         import duckdb
 
-        return duckdb.connect(str(self.path), read_only=True, config=limits(self.path.parent))
+        con = duckdb.connect(str(self.path), read_only=True, config=limits(self.path.parent))
+        con.execute("SET enable_external_access = false")
+        con.execute("SET lock_configuration = true")
+        return con
 
     def column(self, name: str) -> Column:
         """A column by name. Raises DataError listing those there are."""
@@ -108,7 +116,7 @@ def limits(folder: Path) -> dict[str, Any]:
         **_SHELL,
         "memory_limit": MEMORY,
         "threads": min(THREADS, os.cpu_count() or 1),
-        "temp_directory": str(folder / "spill"),
+        "temp_directory": str(folder / f".spill-{secrets.token_hex(8)}"),  # its own: other processes spill too
     }
 
 
@@ -140,10 +148,22 @@ def open_table(
                 "(--samples does so)"
             )
     path = paths[samples]
-    if not path.exists():
+    if path.exists():
+        storage_cache.touch(path)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        storage_cache.trim(folder)
         _build(manifest, Path(scratch), path, samples, say)
     return _opened(path, samples)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed commands left behind: nothing that is still written is a day old."""
+    for left in folder.glob(".*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > DAY:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def _opened(path: Path, samples: bool) -> Table:
