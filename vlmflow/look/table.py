@@ -15,7 +15,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,19 +80,38 @@ class Table:
     with_samples: bool
 
     def connect(self) -> duckdb.DuckDBPyConnection:
-        """A read-only connection; close it, or use it as a context manager."""
-        import duckdb
-
-        con = duckdb.connect(str(self.path), read_only=True, config=limits(self.path.parent))
-        con.execute("SET enable_external_access = false")
-        con.execute("SET lock_configuration = true")
-        return con
+        """A read-only connection that reaches nothing but this file; close it, or use it as a context manager."""
+        return attach({"rows": self.path})
 
     def column(self, name: str) -> Column:
         """A column by name. Raises DataError listing those there are."""
         if name not in self.columns:
             raise DataError(f"there is no column '{name}'; the dataset has {', '.join(self.columns)}")
         return self.columns[name]
+
+
+def attach(paths: Mapping[str, Path]) -> duckdb.DuckDBPyConnection:
+    """A connection with the rows of tables as read-only views of the names given; it reaches nothing but their files.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    import duckdb
+
+    con = duckdb.connect(":memory:", config=limits(next(iter(paths.values())).parent))
+    try:
+        for path in dict.fromkeys(paths.values()):  # a file cannot be attached twice
+            con.execute(f"ATTACH {literal(str(path))} AS {quoted(path.name)} (READ_ONLY)")
+        for name, path in paths.items():
+            con.execute(f"CREATE VIEW {quoted(name)} AS SELECT * FROM {quoted(path.name)}.main.rows")
+        con.execute("SET enable_external_access = false")
+        con.execute("SET lock_configuration = true")
+    except duckdb.Error as error:
+        con.close()
+        raise DataError(
+            f"{', '.join(map(str, paths.values()))} cannot be read ({error}); it is only a cache: delete it and run the command again"
+        ) from error
+    return con
 
 
 def quoted(name: str) -> str:
@@ -167,18 +186,10 @@ def _sweep(folder: Path) -> None:
 
 
 def _opened(path: Path, samples: bool) -> Table:
-    import duckdb
-
-    try:
-        with duckdb.connect(str(path), read_only=True, config=limits(path.parent)) as con:
-            columns = [
-                Column(*row) for row in con.execute("SELECT name, kind FROM columns ORDER BY position").fetchall()
-            ]
-            rows = con.execute("SELECT count(*) FROM rows").fetchall()[0][0]
-    except duckdb.Error as error:
-        raise DataError(
-            f"{path} cannot be read ({error}); it is only a cache: delete it and run the command again"
-        ) from error
+    with attach({"rows": path}) as con:
+        described = con.execute(f"SELECT name, kind FROM {quoted(path.name)}.main.columns ORDER BY position").fetchall()
+        columns = [Column(*row) for row in described]
+        rows = con.execute("SELECT count(*) FROM rows").fetchall()[0][0]
     return Table(path, {column.name: column for column in columns}, rows, samples)
 
 
