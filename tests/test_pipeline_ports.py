@@ -13,6 +13,7 @@ from vlmflow.dataset.layer import add_layer
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import describe_shard, write_shard
+from vlmflow.digest import sha256_bytes
 from vlmflow.errors import DataError, RecipeError, ServiceError
 from vlmflow.evaluation.scores import BenchmarkScore, Scores
 from vlmflow.evaluation.tsv import write_table
@@ -158,7 +159,7 @@ def test_the_chosen_soup_is_the_model_that_goes_on(tmp_path):
 def dataset(ctx: Context, tmp_path: Path) -> Manifest:
     out = io.BytesIO()
     Image.new("RGB", (300, 200), "red").save(out, "PNG")
-    found = {"sha256": "x", "width": 300, "height": 200, "format": "png"}
+    found = {"sha256": sha256_bytes(out.getvalue()), "width": 300, "height": 200, "format": "png"}
     samples = [
         Sample(f"k{i}", {"id": str(i), "text": f"text {i}", "images": [found]}, (out.getvalue(),)) for i in range(2)
     ]
