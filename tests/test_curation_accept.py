@@ -35,7 +35,10 @@ def quarters(size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 def corners(image: Image.Image) -> list[tuple[int, int, int]]:
     w, h = image.size
-    return [image.getpixel(at) for at in ((w // 8, h // 8), (7 * w // 8, h // 8), (w // 8, 7 * h // 8), (7 * w // 8, 7 * h // 8))]
+    return [
+        image.getpixel(at)
+        for at in ((w // 8, h // 8), (7 * w // 8, h // 8), (w // 8, 7 * h // 8), (7 * w // 8, 7 * h // 8))
+    ]
 
 
 def close(a, b, by: int = 6) -> bool:
@@ -57,7 +60,16 @@ SPECS = [None, ResizeSpec(side=32, format="png")]
 def test_orientation_is_kept_in_the_bytes_and_everything_is_seen_upright(kind, tag, spec):
     upright = quarters()
     T = Image.Transpose
-    undo = [None, T.FLIP_LEFT_RIGHT, T.ROTATE_180, T.FLIP_TOP_BOTTOM, T.TRANSPOSE, T.ROTATE_90, T.TRANSVERSE, T.ROTATE_270]
+    undo = [
+        None,
+        T.FLIP_LEFT_RIGHT,
+        T.ROTATE_180,
+        T.FLIP_TOP_BOTTOM,
+        T.TRANSPOSE,
+        T.ROTATE_90,
+        T.TRANSVERSE,
+        T.ROTATE_270,
+    ]
     stored = upright.transpose(undo[tag - 1]) if undo[tag - 1] is not None else upright
     exif = Image.Exif()
     exif[0x0112] = tag
@@ -87,7 +99,11 @@ def ramp16() -> np.ndarray:
 @pytest.mark.parametrize("kind,mode", [("PNG", "I;16"), ("TIFF", "I;16"), ("TIFF", "I;16B")])
 def test_sixteen_bits_are_scaled_not_clipped(kind, mode):
     values = ramp16()
-    image = Image.fromarray(values) if mode == "I;16" else Image.frombytes("I;16B", (64, 64), values.astype(">u2").tobytes())
+    image = (
+        Image.fromarray(values)
+        if mode == "I;16"
+        else Image.frombytes("I;16B", (64, 64), values.astype(">u2").tobytes())
+    )
     for spec in SPECS:
         seen = np.asarray(decode(accept(encode(image, kind), LIMIT, spec).data))
         expected = np.rint(values / 257.0)
@@ -137,7 +153,8 @@ def test_the_first_frame_stands_for_an_animation(kind, options):
 
 
 @pytest.mark.parametrize(
-    "kind,options", [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})]
+    "kind,options",
+    [("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})],
 )
 def test_cut_files_are_refused_wherever_they_end(kind, options):
     rng = np.random.default_rng(0)

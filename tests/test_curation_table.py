@@ -47,7 +47,9 @@ def written(path: Path, kind: str) -> Path:
         writer.writerows(ROWS)
         text = out.getvalue()
     else:
-        text = json.dumps(ROWS) if kind.startswith("json") and "l" not in kind[4:5] else "\n".join(map(json.dumps, ROWS))
+        text = (
+            json.dumps(ROWS) if kind.startswith("json") and "l" not in kind[4:5] else "\n".join(map(json.dumps, ROWS))
+        )
     data = text.encode()
     path.write_bytes(gzip.compress(data) if kind.endswith(".gz") else data)
     return path
@@ -188,7 +190,10 @@ def test_lists_of_images_with_chats_as_hugging_face_writes_them(tmp_path):
                 {"role": "user", "content": parts},
                 {"role": "assistant", "content": [{"type": "text", "text": "Both."}]},
             ],
-            "texts": [{"user": "Which?", "assistant": "Both.", "source": "s"}, {"user": "Sure?", "assistant": "Yes.", "source": "s"}],
+            "texts": [
+                {"user": "Which?", "assistant": "Both.", "source": "s"},
+                {"user": "Sure?", "assistant": "Yes.", "source": "s"},
+            ],
         }
     ]
     uri = parquet(tmp_path / "t.parquet", rows)
@@ -209,7 +214,9 @@ def test_missing_columns_are_named_with_those_that_there_are(tmp_path):
 
 
 def test_damaged_parquet_says_where(tmp_path):
-    path = parquet(tmp_path / "t.parquet", [{"url": f"u{i}", "text": "x" * 50 + str(i)} for i in range(5000)], row_group_size=1000)
+    path = parquet(
+        tmp_path / "t.parquet", [{"url": f"u{i}", "text": "x" * 50 + str(i)} for i in range(5000)], row_group_size=1000
+    )
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 2000] = b"\xff" * 2000
     path.write_bytes(data)
