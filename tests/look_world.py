@@ -173,7 +173,7 @@ def large(folder: Path, rows: int, per_shard: int = 10_000, seed: int = 0) -> Ma
             ShardRef(
                 uri=f"s3://nowhere/shards/{source}-{number:05d}.tar",
                 sha256=sha,
-                bytes=10**9,
+                bytes=10**10,
                 samples=count,
                 source=source,
             )

@@ -1,5 +1,6 @@
 """The machinery of endpoint steps: each request once, kills cost nothing that was answered, costs counted, memory bounded."""
 
+import asyncio
 import gc
 import os
 import random
@@ -14,7 +15,7 @@ from collections import Counter
 
 import pytest
 from aiohttp import web
-from curation_world import chat, context, dataset, impatient, png, sample, serving
+from curation_world import Server, chat, context, dataset, impatient, png, sample, serving
 
 from vlmflow import storage
 from vlmflow.curation import ask, caption
@@ -168,28 +169,25 @@ def test_no_more_pictures_are_in_memory_than_requests_are_open(tmp_path, monkeyp
 
 def test_a_limited_server_is_slowed_down_for_and_everything_is_answered(tmp_path, monkeypatch):
     """A server with three slots and 32 workers: with pauses of a millisecond, a storm would use up every request's tries."""
-    with serving(lambda body, n: chat("fine")) as (server, _):
-        refused = [0]
+    refused = []
 
-        async def handle(self, request):
-            import asyncio
+    async def handle(self, request):
+        if self.open >= 3:
+            refused.append(1)
+            return web.Response(status=429, headers={"Retry-After": "0"})
+        self.open += 1
+        try:
+            await asyncio.sleep(0.002)
+            return web.json_response(chat("fine"))
+        finally:
+            self.open -= 1
 
-            if self.open >= 3:
-                refused[0] += 1
-                return web.Response(status=429, headers={"Retry-After": "0"})
-            self.open += 1
-            try:
-                await asyncio.sleep(0.002)
-                return web.json_response(chat("fine"))
-            finally:
-                self.open -= 1
-
-        monkeypatch.setattr(type(server), "handle", handle)
-        with serving(lambda body, n: None) as (_, slotted):
-            step = asker(tmp_path, monkeypatch, slotted, concurrency=32)
-            rows = step.rows("s0", (one(f"p{i}") for i in range(300)))
-            step.close()
-    assert all(r["text"] == "fine" for r in rows) and refused[0] > 0
+    monkeypatch.setattr(Server, "handle", handle)
+    with serving(None) as (_, url):
+        step = asker(tmp_path, monkeypatch, url, concurrency=32)
+        rows = step.rows("s0", (one(f"p{i}") for i in range(300)))
+        step.close()
+    assert all(r["text"] == "fine" for r in rows) and refused
 
 
 # --- whole steps --------------------------------------------------------------------------------------------------------
@@ -276,12 +274,13 @@ def test_sigkill_at_any_instant_pays_for_nothing_twice_but_what_was_in_flight(tm
     rng = random.Random(5)
     stops = [rng.randint(3, 11) for _ in range(4)]
     arrived = threading.Event()
-    left = [0]
+    left = [10**9]
 
     def reply(body, n):
         left[0] -= 1
-        if left[0] == 0:
+        if left[0] <= 0:  # whatever comes until the kill stays open
             arrived.set()
+            return web.Response(status=503, headers={"Retry-After": "60"})
         if "alt " in words(body):  # fuse: wrong the first time, so that every sample is asked twice
             number = words(body).split("alt ")[1].split("\n")[0]
             return chat("no" if "rejected" not in words(body) else f"A red square, alt {number}.")
@@ -307,6 +306,7 @@ def test_sigkill_at_any_instant_pays_for_nothing_twice_but_what_was_in_flight(tm
             assert arrived.wait(60)
             process.send_signal(signal.SIGKILL)
             process.communicate()
+        left[0] = 10**9
         process = start(tmp_path / "run", url)
         again, told = process.communicate()
         assert process.returncode == 0, told

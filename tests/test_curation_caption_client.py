@@ -2,12 +2,17 @@
 
 import asyncio
 import base64
+import contextlib
+import json
 import socket
+import time
+from email.utils import formatdate
 
 import pytest
 from aiohttp import web
-from curation_world import chat, png, serving
+from curation_world import Server, chat, png, serving
 
+from vlmflow.curation import openai_client
 from vlmflow.curation.openai_client import ChatRequest, Client, Endpoint
 from vlmflow.errors import RecipeError, ServiceError
 
@@ -154,13 +159,107 @@ def test_a_request_that_only_this_sample_cannot_make_is_an_error_of_its_own(monk
     assert [(a.text, a.error) for a in answers] == [("", "HTTP 413: image too large"), ("fine", None)]
 
 
+def test_an_answer_that_is_cut_off_is_asked_for_again_and_then_this_samples_error(monkeypatch):
+    async def handle(self, request):
+        body = await request.json()
+        self.bodies.append(body)
+        text = json.dumps(chat("fine")).encode()
+        sick = user_text(body) == "sick" or len(self.bodies) == 1
+        response = web.StreamResponse(headers={"Content-Length": str(len(text))})
+        await response.prepare(request)
+        await response.write(text[: len(text) // 2] if sick else text)
+        if sick:
+            request.transport.close()
+        return response
+
+    monkeypatch.setattr(Server, "handle", handle)
+    with serving(None) as (server, url):
+        answers = ask(monkeypatch, url, ["first", "sick", "last"], concurrency=1)
+    assert [a.error or a.text for a in answers] == ["fine", "the answer was cut off", "fine"]
+    assert answers[1].passing and len(server.bodies) == 2 + 3 + 1
+
+
+def test_an_endless_answer_is_not_read_to_its_end(monkeypatch):
+    monkeypatch.setattr(openai_client, "ANSWER_LIMIT", 2**17)
+    sent = []
+
+    async def handle(self, request):
+        body = await request.json()
+        if user_text(body) != "endless":
+            return web.json_response(chat("fine"))
+        response = web.StreamResponse()
+        await response.prepare(request)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(10_000):
+                await response.write(b" " * 2**16)
+                sent.append(1)
+        return response
+
+    monkeypatch.setattr(Server, "handle", handle)
+    with serving(None) as (_, url):
+        answers = ask(monkeypatch, url, ["a", "endless"], concurrency=1)
+    assert answers[0].text == "fine" and answers[1].error == "an answer over 131072 bytes" and len(sent) < 3 * 1000
+
+
+@pytest.mark.parametrize("header", ["0.05", "date"])
+def test_all_wait_as_long_as_the_server_asks(monkeypatch, header):
+    """By the clock of a patched sleep: the pause is one for all, and no request is sent in it."""
+    slept, sleep = [], asyncio.sleep
+
+    async def note(seconds, *rest):
+        slept.append(seconds)
+        await sleep(min(seconds, 0.01), *rest)
+
+    def reply(body, n):
+        if n > 1:
+            return chat("fine")
+        value = formatdate(time.time() + 40, usegmt=True) if header == "date" else header
+        return web.Response(status=429, headers={"Retry-After": value})
+
+    with serving(reply) as (_, url):
+        monkeypatch.setattr(openai_client.asyncio, "sleep", note)
+        clock = asyncio.SelectorEventLoop.time
+        monkeypatch.setattr(asyncio.SelectorEventLoop, "time", lambda self: clock(self) + sum(slept))
+        answers = ask(monkeypatch, url, [str(i) for i in range(4)], concurrency=1, timeout=1000.0)
+    assert [a.text for a in answers] == ["fine"] * 4
+    assert (30 < max(slept) <= 40) if header == "date" else max(slept) <= 0.05
+
+
+def test_a_spent_account_stops_at_once(monkeypatch):
+    spent = web.json_response(
+        {"error": {"message": "You exceeded your current quota", "code": "insufficient_quota"}}, status=429
+    )
+    with serving(lambda body, n: spent) as (server, url):
+        with pytest.raises(ServiceError, match=r"account is spent.*run the same command again"):
+            ask(monkeypatch, url, concurrency=1)
+    assert len(server.bodies) == 1
+
+
+def test_password_and_key_together_are_refused_without_telling_either(monkeypatch):
+    with pytest.raises(RecipeError, match="TEST_URL holds a user name or password and TEST_KEY a key") as error:
+        ask(monkeypatch, "http://me:hunter2@127.0.0.1:1/v1")
+    assert "hunter2" not in str(error.value) and KEY not in str(error.value)
+
+
+@pytest.mark.parametrize("end", ["", "/", "/chat/completions", "?api-version=1&key=opensesame", "/?key=opensesame"])
+def test_the_address_may_be_written_with_or_without_its_end_and_with_a_query(monkeypatch, end):
+    async def handle(self, request):
+        return web.json_response(chat(f"{request.path_qs}"))
+
+    monkeypatch.setattr(Server, "handle", handle)
+    with serving(None) as (_, url):
+        (answer,) = ask(monkeypatch, url + end)
+    query = end.partition("?")[2].replace("opensesame", "***")
+    assert answer.text == "/v1/chat/completions" + (f"?{query}" if query else "")
+
+
 def test_refusal_field(monkeypatch):
     with serving(lambda body, n: chat(None, refusal="I cannot do that")) as (_, url):
         answer = ask(monkeypatch, url)[0]
     assert (answer.text, answer.finish) == ("I cannot do that", "content_filter")
 
 
-@pytest.mark.parametrize("value", ["", "localhost:8000", "ftp://x"])
+@pytest.mark.parametrize("value", ["", "localhost:8000", "ftp://x", "http://", "http://[", "http://x:port/v1"])
 def test_address_is_checked_before_anything_is_sent(monkeypatch, value):
     with pytest.raises(RecipeError, match="TEST_URL"):
         ask(monkeypatch, value)

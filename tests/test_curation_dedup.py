@@ -107,7 +107,10 @@ def test_one_sample_a_wording_when_a_text_is_named(tmp_path):
     samples = [sample(key, encoded(picture(n))) for n, key in enumerate("abcde")] + [sample("f", encoded(picture(0)))]
     fused = {"a": "A house.", "b": "a  house", "c": "a tree", "d": "", "e": "", "f": "a tree"}
     _, rows = run(tmp_path, samples, fused=fused, text="fused")
-    assert {k: r[:2] for k, r in rows.items() if r[0]} == {"b": ("a", "text"), "f": ("a", "bytes")}  # c: f is not there to drop it
+    assert {k: r[:2] for k, r in rows.items() if r[0]} == {
+        "b": ("a", "text"),
+        "f": ("a", "bytes"),
+    }  # c: f is not there to drop it
 
 
 def test_all_images_of_a_sample_must_be_near_in_order(tmp_path):
@@ -163,7 +166,9 @@ def test_leaders_equal_a_plain_walk_over_all_pairs(tmp_path, seed):
 
     expected: dict[str, str | None] = {}
     for i in sorted(range(n), key=lambda i: (-pixels[i], keys[i])):
-        for j in (k for k in sorted(range(n), key=lambda i: (-pixels[i], keys[i])) if expected.get(keys[k], "") is None):
+        for j in (
+            k for k in sorted(range(n), key=lambda i: (-pixels[i], keys[i])) if expected.get(keys[k], "") is None
+        ):
             bits = min((int(v[i]) ^ int(v[j])).bit_count() for v in (plain, trimmed))
             if bits <= distance and turns[i] == turns[j]:
                 expected[keys[i]] = keys[j]

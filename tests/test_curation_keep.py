@@ -7,7 +7,7 @@ from curation_world import context, dataset, png, sample
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmflow.curation import keep
+from vlmflow.curation import keep, selection
 from vlmflow.dataset.layer import add_layer, read_layer, seal_layer
 from vlmflow.errors import DataError, RecipeError
 
@@ -47,8 +47,8 @@ VALUES = st.dictionaries(
 def test_ranking_equals_brute_force_in_any_order(values, fraction, random):
     keys = list(values)
     random.shuffle(keys)
-    order = keep.ranking(keys, [values[k] for k in keys], "lowest")
-    count = keep.keep_count(fraction, len(order))
+    order = selection.ranking(keys, [values[k] for k in keys], "lowest").tolist()
+    count = selection.keep_count(fraction, len(order))
     assert {keys[i] for i in order[:count]} == brute_force(values, fraction)
 
 
@@ -57,7 +57,7 @@ def test_ranking_equals_brute_force_in_any_order(values, fraction, random):
     [(0.2, 10, 2), (0.2, 12, 2), (0.2, 13, 3), (0.5, 5, 3), (0.1, 5, 1), (0.1, 4, 0), (0.15, 10, 2), (0.35, 10, 4), (1.0, 7, 7), (0.29, 50, 15), (0.2, 0, 0)],
 )  # fmt: skip
 def test_count_is_rounded_half_up_without_binary_error(fraction, scored, count):
-    assert keep.keep_count(fraction, scored) == count
+    assert selection.keep_count(fraction, scored) == count
 
 
 def test_the_same_samples_stay_under_any_sharding(tmp_path):

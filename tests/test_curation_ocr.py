@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import io
-import os
-import signal
 from types import SimpleNamespace
 
+import onnxruntime
 import pytest
 from PIL import Image, ImageDraw, ImageFont
 
-from vlmflow.curation import ocr
+from vlmflow.curation import ocr, ocr_engine, ocr_workers
+from vlmflow.curation.ocr_text import language
 from vlmflow.curation.reading_order import lines_in_order
 from vlmflow.dataset.layer import read_layer
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.dataset.sample import Sample
-from vlmflow.dataset.shard import ShardReader, describe_shard, write_shard
+from vlmflow.dataset.shard import describe_shard, write_shard
 from vlmflow.digest import sha256_bytes
-from vlmflow.errors import StepFailed
+from vlmflow.errors import ServiceError
 from vlmflow.recipe.curation import CurationSpec, OcrSpec
 from vlmflow.recipe.data import PullSpec
 from vlmflow.step import Context
@@ -82,7 +82,7 @@ def draw(size, texts, font_size=24):
 
 @pytest.fixture(scope="module")
 def reader():
-    return ocr.Reader()
+    return ocr_engine.Reader()
 
 
 def test_reads_a_sentence(reader):
@@ -111,24 +111,90 @@ def test_odd_sizes_without_text_are_empty(reader, size):
 
 def test_short_or_doubtful_lines_are_left_out():
     picture = draw((300, 120), [((20, 10), "ok"), ((20, 60), "sentence")])
-    assert ocr.Reader(min_chars=3).read(picture)[0] == "sentence"
-    assert ocr.Reader(min_score=1.0).read(picture)[0] == ""
+    assert ocr_engine.Reader(ocr_engine.Settings(min_chars=3)).read(picture)[0] == "sentence"
+    assert ocr_engine.Reader(ocr_engine.Settings(min_score=1.0)).read(picture)[0] == ""
 
 
-def test_a_killed_worker_is_replaced_until_too_many_die(tmp_path, monkeypatch):
-    manifest = dataset(tmp_path, [[(png(draw((200, 60), [((20, 14), "first text")])),), ()]])
-    shard = ShardReader(manifest.shards[0])
-    with ocr._Workers(1, {}, 1_000_000) as workers:
+def test_what_is_read_in_a_picture_does_not_depend_on_its_neighbours(reader):
+    pictures = [
+        draw((420, 60), [((12, 14), "Reading is quiet work 2026")]),
+        draw((112, 56), [((16, 12), "river")], 26),
+        draw((112, 56), [((16, 12), "4817")], 26),
+        Image.new("RGB", (64, 64), "white"),
+        draw((640, 260), [((20, 20 + 60 * i), t) for i, t in enumerate(LEFT)]),
+        *[draw((112, 56), [((12, 12), f"ab{n}cd")], 26) for n in range(5)],
+    ]
+    alone = [reader.read(picture) for picture in pictures]
+    assert alone[1][0] == "river" and alone[4][0].splitlines() == LEFT and alone[3] == ("", [])
+    assert reader.read_many(pictures) == alone
+    assert reader.read_many(pictures[::-1]) == alone[::-1]
 
-        def kill():
-            os.kill(workers._get().submit(os.getpid).result(), signal.SIGKILL)
 
-        kill()
-        assert [row["text"] for row in workers.read(shard)] == ["first text", ""]
-        monkeypatch.setattr(ocr, "DEATHS", 1)
-        kill()
-        with pytest.raises(StepFailed, match=r"died 2 times.*curation\.ocr\.workers"):
-            list(workers.read(shard))
+def test_text_is_that_of_rapidocr(reader):
+    import numpy as np
+    from rapidocr import RapidOCR
+
+    plain = RapidOCR(
+        params={
+            "Global.log_level": "critical",
+            "Global.use_cls": False,
+            "Det.limit_type": "max",
+            "Det.limit_side_len": 960,
+        }
+    )
+    picture = draw((640, 260), [((20, 20 + 60 * i), t) for i, t in enumerate(LEFT)])
+    found = plain(np.asarray(picture)[:, :, ::-1])
+    text, lines = reader.read(picture)
+    assert text.splitlines() == list(found.txts) == LEFT
+    assert [line["box"] for line in lines] == np.rint(found.boxes).astype(int).tolist()
+
+
+def test_cuda_that_is_asked_and_missing_is_said_before_anything_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert ocr_engine.choose_provider("auto") == ocr_engine.choose_provider("cpu") == "cpu"
+    manifest = dataset(tmp_path, [[()]])
+    with pytest.raises(
+        ServiceError, match=r"curation\.ocr\.provider is cuda.*only CPUExecutionProvider.*onnxruntime-gpu"
+    ):
+        ocr.run(context(tmp_path, provider="cuda"), manifest)
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    assert ocr_engine.choose_provider("cpu") == "cpu" and ocr_engine.choose_provider("cuda") == "cuda"
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_cuda_that_does_not_start_is_an_error_not_a_slow_cpu():
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this onnxruntime has CUDA")
+    with pytest.raises(ServiceError, match="could not start it and runs on CPUExecutionProvider"):
+        ocr_engine.Reader(ocr_engine.Settings(provider="cuda"))
+
+
+def test_shapes_on_cuda_are_few_and_hold_every_width():
+    reader = object.__new__(ocr_engine.Reader)
+    reader.settings = ocr_engine.Settings(provider="cuda")
+    buckets = {width: reader._bucket(width) for width in range(1, 2000)}
+    assert all(width <= bucket <= max(32, 1.25 * width + 32) for width, bucket in buckets.items())
+    assert len(set(buckets.values())) < 40
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("Reading is quiet work", "en"),
+        ("你好,世界 OCR", "zh"),
+        ("日本語のテキストです", "ja"),
+        ("ｶﾀｶﾅ", "ja"),
+        ("안녕하세요 世界", "ko"),
+        ("Привет, мир", "ru"),
+        ("مرحبا", "ar"),
+        ("4817 / 42", None),
+        ("", None),
+    ],
+)
+def test_language_by_script(text, code):
+    assert language(text) == code
 
 
 def png(image):
@@ -167,12 +233,17 @@ def test_the_layer_over_shards_in_processes(tmp_path, capfd, monkeypatch):
     assert [rows[key]["text"] for key in rows] == ["first text", "", "", "first text\nsecond text", ""]
     assert [bool(row["error"]) for row in rows.values()] == [False] * 4 + [True]
     assert rows["s0-0"]["score"] > 0.9 and rows["s0-1"]["score"] is None
+    assert [row["language"] for row in rows.values()] == ["en", None, None, "en", None]
     assert [line["image"] for line in rows["s1-0"]["lines"]] == [0, 1]
     layer = sealed.layers["ocr"]
-    assert layer.summary["with_text"] == 2 and set(layer.params["models"]) == {"det", "rec"}
+    assert layer.summary["with_text"] == 2 and layer.summary["languages"] == {"en": 2}
+    assert set(layer.params["models"]) == {"det", "rec"}
     assert capfd.readouterr() == ("", "")
 
-    monkeypatch.setattr(ocr, "ProcessPoolExecutor", None)  # finished parts are found: no process is started again
+    single = context(tmp_path / "other", workers=1, failure_limit=0.5)
+    assert ocr.run(single, manifest).layers["ocr"].parts[0].sha256 == layer.parts[0].sha256
+
+    monkeypatch.setattr(ocr_workers._Worker, "start", None)  # finished parts are found: no process is started again
     assert ocr.run(ctx, manifest) == sealed
     other = context(tmp_path, workers=2, failure_limit=0.5, min_score=0.6)
     with pytest.raises(TypeError):

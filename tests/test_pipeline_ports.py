@@ -13,6 +13,7 @@ from vlmflow.dataset.layer import add_layer
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import describe_shard, write_shard
+from vlmflow.digest import sha256_bytes
 from vlmflow.errors import DataError, RecipeError, ServiceError
 from vlmflow.evaluation.scores import BenchmarkScore, Scores
 from vlmflow.evaluation.tsv import write_table
@@ -158,7 +159,7 @@ def test_the_chosen_soup_is_the_model_that_goes_on(tmp_path):
 def dataset(ctx: Context, tmp_path: Path) -> Manifest:
     out = io.BytesIO()
     Image.new("RGB", (300, 200), "red").save(out, "PNG")
-    found = {"sha256": "x", "width": 300, "height": 200, "format": "png"}
+    found = {"sha256": sha256_bytes(out.getvalue()), "width": 300, "height": 200, "format": "png"}
     samples = [
         Sample(f"k{i}", {"id": str(i), "text": f"text {i}", "images": [found]}, (out.getvalue(),)) for i in range(2)
     ]
@@ -352,3 +353,27 @@ def test_preflight_with_an_endpoint_that_is_not_configured(ctx, monkeypatch):
     ) as error:
         preflight._services(ctx)
     assert "127.0.0.1" not in str(error.value)
+    monkeypatch.setenv("VLMFLOW_CAPTION_URL", "http://me:hunter2@127.0.0.1:1/v1")
+    with pytest.raises(ServiceError, match="does not answer") as error:
+        preflight._services(ctx)
+    assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize("missing", ["QA_URL", "MEND_URL", "JUDGE_URL"])
+def test_preflight_knows_the_servers_of_every_step(ctx, monkeypatch, missing):
+    from vlmflow.recipe.curation import CurationSpec
+
+    sections = {
+        "docqa": {"model_name": "m", "endpoint_env": "QA_URL"},
+        "describe": {"engine": "model", "repair_model_name": "m", "repair_endpoint_env": "MEND_URL"},
+        "judge": {"model_name": "m", "endpoint_env": "JUDGE_URL"},
+    }
+    curation = CurationSpec.model_validate(ctx.recipe.curation.model_dump() | sections)
+    ctx.recipe = ctx.recipe.model_copy(update={"curation": curation})
+    monkeypatch.setattr(preflight, "_alive", lambda url, _: None)
+    for name in ("QA_URL", "MEND_URL", "JUDGE_URL"):
+        monkeypatch.setenv(name, "http://host/v1")
+    assert len(preflight._services(ctx)) == 3
+    monkeypatch.delenv(missing)
+    with pytest.raises(ServiceError, match=f"{missing} is not set"):
+        preflight._services(ctx)

@@ -115,7 +115,8 @@ def gallery(
             _write(page, static.page(manifest, table, reading, asked, each))
             typer.echo(f"wrote {page}")
             return
-        from vlmflow.look.server import Gallery, GalleryServer
+        from vlmflow.look.gallery import Gallery
+        from vlmflow.look.server import GalleryServer
 
         shown = Gallery(manifest, table, reading)
         try:
@@ -126,6 +127,45 @@ def gallery(
             typer.echo("ended", err=True)
         finally:
             shown.close()
+
+
+@data_app.command("export")
+def export(
+    dataset: DatasetArgument,
+    to: Annotated[str, typer.Option("--to", metavar="FOLDER", help="A folder of its own: a path, file:// or s3://.")],
+    form: Annotated[
+        str, typer.Option("--format", help="webdataset (tars) or parquet (as the Hugging Face Hub shows it).")
+    ] = "webdataset",
+    layers: Annotated[str, typer.Option(help="Layers to merge in, with commas between; 'all' = all of them.")] = "",
+    kept: Annotated[bool, typer.Option("--kept", help="Only samples that layer keep keeps.")] = False,
+    caption: Annotated[
+        str | None, typer.Option(help="The text for tools of image-text pairs: alt, or a layer such as fused.")
+    ] = None,
+    samples_per_file: Annotated[int, typer.Option(min=1, help="Samples of every file but the last.")] = 1000,
+    state_dir: StateOption = DEFAULT_STATE,
+    output: OutputOption = Output.text,
+) -> None:
+    """Write a merged WebDataset or a Parquet dataset for other tools; started again after a kill, it continues."""
+    from dataclasses import asdict
+
+    from vlmflow.dataset.export import export as write
+    from vlmflow.look import find
+    from vlmflow.step import Progress
+    from vlmflow.storage import default_scratch
+
+    with find.opened([dataset], state_dir) as (manifest,):
+        chosen = list(manifest.layers) if layers == "all" else [name for name in layers.split(",") if name]
+        with Progress("export", f"export {manifest.name}", manifest.samples, "samples") as progress:
+            made = write(
+                manifest, to, form, layers=chosen, kept_only=kept, caption=caption, samples_per_file=samples_per_file,
+                scratch=default_scratch(), advance=progress.advance,
+            )  # fmt: skip
+    if output is Output.json:
+        _print_json(asdict(made))
+    else:
+        dropped = f", {made.dropped} not kept" if kept else ""
+        found = f" ({made.found} were there already)" if made.found else ""
+        typer.echo(f"{made.uri}: {made.samples} samples in {len(made.files)} files{found}{dropped}")
 
 
 @data_app.command("diff", epilog=ScratchNote)

@@ -7,6 +7,9 @@ import html
 import io
 from typing import TYPE_CHECKING, Any
 
+from vlmflow.errors import VlmflowError
+from vlmflow.report.html import Safe, el
+
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
     from vlmflow.step import Context
@@ -20,23 +23,33 @@ _STYLE = (
 )
 
 
+Rows = list[Any] | Safe  # of a page: dictionaries that share their keys, or markup of the gallery
+
+
 class Picture(str):
     """A data: URI that `page` shows as an image."""
 
 
-def page(title: str, values: dict[str, Any], rows: list[Any]) -> str:
-    """One page: a heading, name-value pairs, and rows (dictionaries that share their keys)."""
-    parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{_STYLE}</style>"]
+def page(title: str, values: dict[str, Any], rows: Rows) -> str:
+    """One page: a heading, name-value pairs, and rows (dictionaries that share their keys) or markup of the gallery."""
+    from vlmflow.look.style import CSS
+
+    gallery = rows if isinstance(rows, Safe) else None
+    style = CSS if gallery else _STYLE
+    parts = [f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{style}</style>"]
+    parts.append("<main class='one'>" if gallery else "<main>")
     parts.append(f"<h1>{html.escape(title)}</h1>")
     if values:
         body = "".join(f"<tr><th>{html.escape(str(k))}</th><td>{_cell(v)}</td></tr>" for k, v in values.items())
-        parts.append(f"<table>{body}</table>")
-    if rows:
+        parts.append(f"<table class='facts'>{body}</table>")
+    if gallery:
+        parts.append(gallery)
+    elif rows:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         head = "".join(f"<th>{html.escape(str(c))}</th>" for c in columns)
         body = "".join("<tr>" + "".join(f"<td>{_cell(r.get(c, ''))}</td>" for c in columns) + "</tr>" for r in rows)
         parts.append(f"<table><tr>{head}</tr>{body}</table>")
-    return "\n".join(parts) + "\n"
+    return "\n".join([*parts, "</main>"]) + "\n"
 
 
 def _cell(value: Any) -> str:
@@ -49,15 +62,25 @@ def _cell(value: Any) -> str:
     return html.escape(str(value))
 
 
-def preview(ctx: Context, manifest: Manifest, layer: str | None) -> list[dict[str, Any]]:
-    """The first samples of the first shard: thumbnail, text, and the row of one layer."""
-    from vlmflow.dataset.layer import read_part
-    from vlmflow.dataset.shard import ShardReader
+def preview(ctx: Context, manifest: Manifest, layer: str | None) -> Rows:
+    """What a dataset's page shows: of one with layers a small gallery (lowest, highest, some of every reason and failure), of
+    a pulled one its first samples."""
+    from vlmflow.look import static
 
     if not manifest.shards:
         return []
+    if manifest.layers:
+        try:
+            return static.excerpt(manifest, ctx.scratch, layer)
+        except VlmflowError as error:  # a page must not fail a finished step
+            return el("p", f"Its samples cannot be shown: {error}")
+    return _first(ctx, manifest)
+
+
+def _first(ctx: Context, manifest: Manifest) -> list[dict[str, Any]]:
+    from vlmflow.dataset.shard import ShardReader
+
     reader = ShardReader(manifest.shards[0], ctx.scratch)
-    added = read_part(manifest.layers[layer].parts[0], ctx.scratch) if layer in manifest.layers else {}
     rows = []
     for key in reader.keys()[:PREVIEW_SAMPLES]:
         sample = reader.read(key)
@@ -66,7 +89,6 @@ def preview(ctx: Context, manifest: Manifest, layer: str | None) -> list[dict[st
         for pair in sample.meta.get("preferences") or []:
             talk += [*(turn["value"] for turn in pair["conversations"]), f"+ {pair['chosen']}", f"- {pair['rejected']}"]
         row["of the table"] = sample.meta.get("text") or " / ".join(talk)
-        row |= {k: v for k, v in added.get(key, {}).items() if k != "key" and not (k == "error" and v is None)}
         rows.append(row)
     return rows
 

@@ -69,7 +69,7 @@ def numbers(values: dict[str, Any], prefix: str = "") -> dict[str, float]:
     return found
 
 
-def show(title: str, values: dict[str, Any], page: Port, metrics: Port | None, table: list[Any] | None = None) -> None:
+def show(title: str, values: dict[str, Any], page: Port, metrics: Port | None, table: pages.Rows | None = None) -> None:
     """Give the UI something to look at: a page for people, numbers for comparison."""
     Path(page.path).parent.mkdir(parents=True, exist_ok=True)
     Path(page.path).write_text(pages.page(title, values, table or []), encoding="utf-8")

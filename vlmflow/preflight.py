@@ -115,10 +115,11 @@ def trainings_of(recipe: Recipe, pipeline: str, stage: str = "", candidate: str 
 
 def _check_layers(recipe: Recipe, stage: str, candidate: str, opened: Mapping[str, Manifest]) -> None:
     """The texts and selections that a stage learns from are made by `curate`; pulling alone does not make them."""
+    from vlmflow.recipe.mixture import CURATED_TEXTS
     from vlmflow.training.run import ingredients
 
     for use in ingredients(recipe, stage, candidate or None):
-        layers = [*([use.text] if use.text in ("ocr", "synthetic", "fused") else []), *(["keep"] if use.keep else [])]
+        layers = [*([use.text] if use.text in CURATED_TEXTS else []), *(["keep"] if use.keep else [])]
         have = opened[use.dataset].layers if use.dataset in opened else {}
         if missing := [layer for layer in layers if layer not in have]:
             raise DataError(
@@ -288,17 +289,14 @@ def _mlflow(ctx: Context) -> list[tuple[str, str]]:
 
 def _services(ctx: Context) -> list[tuple[str, str]]:
     rows = []
-    for name in ("caption", "fuse"):
-        step = getattr(ctx.recipe.curation, name)
-        if ctx.recipe.curation.dataset and step.engine == "openai":
-            url = os.environ.get(step.endpoint_env, "")
-            if not url:
-                raise ServiceError(
-                    f"curation.{name}.engine is 'openai', but {step.endpoint_env} is not set; it must hold the base URL of "
-                    "an OpenAI-compatible endpoint."
-                )
-            _alive(url, f"curation.{name}: the server that {step.endpoint_env} names")
-            rows.append((f"endpoint of {name} answers", step.endpoint_env))  # its address may hold a key
+    for field, variable in ctx.recipe.curation.endpoints():
+        if not (url := os.environ.get(variable, "")):
+            raise ServiceError(
+                f"{field} asks a model server, but {variable} is not set; it must hold the base URL of an OpenAI-compatible "
+                "endpoint, up to and with /v1."
+            )
+        _alive(web.without_credentials(url), f"{field}: the server that {variable} names")
+        rows.append((f"endpoint of {field} answers", variable))  # its address may hold a key
     return rows
 
 

@@ -1,59 +1,48 @@
-"""``s3://``: the MinIO client, with errors mapped by meaning.
+"""``s3://``: the MinIO client, with errors mapped by meaning, and patience with a store that fails for a moment.
 
-Servers other than MinIO answer errors with content types the client refuses (platform.md 6.3), so status and code
-are looked for in the text as well as in the typed error.
+Every call is idempotent here. urllib3 makes a request again that meets 5xx, 429, a reset or a stall before its answer, so
+each part of an upload is on its own; what breaks later (a body that is cut or stalls, an upload in parts that the store
+forgot) makes the whole call again. A body is held against its Content-Length; an upload in parts is looked at afterwards,
+because S3 may answer its completion with status 200 and an error inside, which the client does not read.
 """
 
 from __future__ import annotations
 
 import io
 import os
-import re
-import shutil
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeVar
 from urllib.parse import urlsplit
 
-from vlmflow.errors import AccessDenied, NoSpace, NotFound, StorageError, Unreachable
+from vlmflow.errors import AccessDenied, NoSpace, NotFound, StorageError
 from vlmflow.storage import ObjectInfo
 from vlmflow.storage_file import translated, write_atomically
+from vlmflow.storage_s3_errors import TIMEOUT_ENV, TRIES, CutError, passes, signs, translated_s3
 
-_SPARE_BYTES = 16 * 2**20  # a disk with less than this left cannot be told from a full one after a failed write
+T = TypeVar("T")
+BACK_OFF = 0.1  # seconds before another try, doubled each time
+TIMEOUT = 60.0  # seconds
+_ONE_PART = 5 * 2**20  # larger objects are uploaded in parts (the client's MIN_PART_SIZE)
 _ENVIRONMENT = ("VLMFLOW_S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
-_MEANINGS: list[tuple[type[StorageError], frozenset[str], str]] = [
-    (
-        NotFound,
-        frozenset({"NoSuchKey", "NoSuchBucket", "NoSuchVersion", "404"}),
-        "the store has no such object or bucket",
-    ),
-    (
-        AccessDenied,
-        frozenset({"AccessDenied", "SignatureDoesNotMatch", "InvalidAccessKeyId", "Forbidden", "401", "403"}),
-        "the store refuses these credentials; check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    ),
-    (
-        NoSpace,
-        frozenset({"XMinioStorageFull", "QuotaExceeded", "InsufficientStorage", "507"}),
-        "the store is full; free some space and run the command again, finished work is kept",
-    ),
-]
-
-
-def _signs(error: Exception) -> list[str]:
-    """Error code and HTTP status of a store's answer, the more telling first.
-
-    Only these two are looked at: keys and request ids hold any digits, so "404" somewhere in a text means nothing.
-    """
-    text = str(error)
-    code = getattr(error, "code", None) or next(iter(re.findall(r"<Code>(\w+)</Code>", text)), None)
-    status = next(iter(re.findall(r"Response code: (\d+)", text)), None)
-    return [sign for sign in (code, status) if isinstance(sign, str)]
 
 
 @lru_cache(maxsize=8)
-def _connect(endpoint: str, access_key: str, secret_key: str, region: str) -> S3Store:
-    return S3Store(endpoint, access_key, secret_key, region)
+def _connect(endpoint: str, access_key: str, secret_key: str, region: str, timeout: float) -> S3Store:
+    return S3Store(endpoint, access_key, secret_key, region, timeout)
+
+
+def _timeout() -> float:
+    text = os.environ.get(TIMEOUT_ENV) or str(TIMEOUT)
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        raise StorageError(f"{TIMEOUT_ENV} is '{text}'; it must be a positive number of seconds, for instance 60")
+    return seconds
 
 
 def s3_store() -> S3Store:
@@ -65,73 +54,48 @@ def s3_store() -> S3Store:
             "On a laptop `vlmflow up` starts a store and `vlmflow run` sets them."
         )
     endpoint, access_key, secret_key = (os.environ[name] for name in _ENVIRONMENT)
-    return _connect(endpoint, access_key, secret_key, os.environ.get("AWS_REGION", "us-east-1"))
+    return _connect(endpoint, access_key, secret_key, os.environ.get("AWS_REGION", "us-east-1"), _timeout())
 
 
 class S3Store:
     """Objects in one S3-compatible store; safe to share between threads."""
 
-    def __init__(self, endpoint: str, access_key: str, secret_key: str, region: str) -> None:
+    def __init__(self, endpoint: str, access_key: str, secret_key: str, region: str, timeout: float = TIMEOUT) -> None:
         import urllib3
         from minio import Minio
 
         parts = urlsplit(endpoint if "://" in endpoint else f"http://{endpoint}")
         self.endpoint = endpoint
         pool = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=5, read=120),
+            timeout=urllib3.Timeout(connect=min(5.0, timeout), read=timeout),
             maxsize=32,
-            retries=urllib3.Retry(total=4, backoff_factor=0.3, status_forcelist=[500, 502, 503, 504]),
+            retries=urllib3.Retry(
+                total=TRIES - 1,
+                backoff_factor=BACK_OFF,
+                backoff_jitter=BACK_OFF,  # by chance, so that many processes do not come back together
+                status_forcelist=[429, 500, 502, 503, 504],
+                allowed_methods=None,  # POST too: a second upload in parts is begun, or completing it is made again
+            ),
         )
         self.client = Minio(
             parts.netloc, access_key, secret_key, secure=parts.scheme == "https", region=region, http_client=pool
         )
 
-    @contextmanager
-    def _translated(self, uri: str, writing: int | None = None):
-        """Turn errors of client and store into StorageErrors; `writing` is the size in bytes of an object being put."""
-        from minio.error import MinioException
-        from urllib3.exceptions import HTTPError, MaxRetryError, ResponseError
-
-        try:
-            yield
-        except MinioException as error:
-            signs = _signs(error)
-            if writing is not None and ("NoSuchUpload" in signs or signs[-1:] == ["500"]):
-                raise self._broken_write(uri, writing, error) from error
-            for sign in signs:
-                for kind, meant, hint in _MEANINGS:
-                    if sign in meant:
-                        raise kind(f"{uri}: {hint} (store {self.endpoint})") from error
-            raise StorageError(f"{uri}: the store at {self.endpoint} failed: {error}") from error
-        except HTTPError as error:
-            reason = getattr(error, "reason", None) or error
-            if isinstance(error, MaxRetryError) and isinstance(reason, ResponseError):  # it answers, with 5xx
-                if writing is not None:
-                    raise self._broken_write(uri, writing, reason) from error
-                raise StorageError(
-                    f"{uri}: the store at {self.endpoint} failed again and again ({reason}); look at its log"
-                ) from error
-            raise Unreachable(
-                f"{uri}: no S3 store answers at {self.endpoint} ({reason}). "
-                "Check VLMFLOW_S3_ENDPOINT; on a laptop start it with `vlmflow up`."
-            ) from error
-
-    def _broken_write(self, uri: str, size: int, error: Exception) -> StorageError:
-        """A store that breaks off a write rarely says why (rclone answers 500 or NoSuchUpload for a full disk).
-
-        Where its folder is on this machine (VLMFLOW_S3_FOLDER, set by the local stack) the disk is asked instead.
-        """
-        folder = os.environ.get("VLMFLOW_S3_FOLDER")
-        with suppress(OSError):
-            if folder and (free := shutil.disk_usage(folder).free) < size + _SPARE_BYTES:
-                return NoSpace(
-                    f"{uri}: the disk of the store ({folder}) has {free / 2**20:.1f} MiB free, the object needs "
-                    f"{size / 2**20:.1f} MiB. Free some space and run the command again, finished work is kept."
-                )
-        return StorageError(
-            f"{uri}: the store at {self.endpoint} broke off the write of {size} bytes ({error}). Most often its disk "
-            "is full, or a key is also the folder of others; look at its log, then run the command again."
-        )
+    def _patiently(self, uri: str, call: Callable[[], T], writing: int | None = None) -> T:
+        """``call()``, made again when the store fails in a way that may pass. Raises the last StorageError."""
+        for number in range(1, TRIES + 1):
+            try:
+                with translated_s3(uri, self.endpoint, writing):
+                    return call()
+            except (NotFound, AccessDenied, NoSpace):
+                raise
+            except StorageError as error:
+                if not passes(error.__cause__):
+                    raise
+                if number == TRIES:
+                    raise type(error)(f"{error} (tried {TRIES} times)") from error.__cause__
+            time.sleep(BACK_OFF * 2 ** (number - 1))
+        raise AssertionError("unreachable")
 
     @staticmethod
     def _split(uri: str) -> tuple[str, str]:
@@ -140,8 +104,7 @@ class S3Store:
 
     def size(self, uri: str) -> int:
         bucket, key = self._split(uri)
-        with self._translated(uri):
-            return self.client.stat_object(bucket, key).size or 0
+        return self._patiently(uri, lambda: self.client.stat_object(bucket, key).size or 0)
 
     def stamp(self, uri: str) -> str:
         bucket, key = self._split(uri)
@@ -155,11 +118,12 @@ class S3Store:
         bucket, key = self._split(uri)
         if length == 0:
             return b""
-        with self._translated(uri):
+
+        def once() -> bytes:
             try:
                 answer = self.client.get_object(bucket, key, offset=offset, length=length or 0)
             except MinioException as error:
-                if offset and "InvalidRange" in _signs(error):
+                if offset and "InvalidRange" in signs(error):
                     return b""  # beyond the end, as a file answers
                 raise
             try:
@@ -168,21 +132,48 @@ class S3Store:
                 answer.close()
                 answer.release_conn()
 
+        return self._patiently(uri, once)
+
     def write(self, uri: str, data: bytes) -> None:
         bucket, key = self._split(uri)
-        with self._translated(uri, writing=len(data)):
+
+        def once() -> None:
             self.client.put_object(bucket, key, io.BytesIO(data), len(data))
+            self._check_upload(bucket, key, len(data))
+
+        self._patiently(uri, once, writing=len(data))
 
     def put(self, path: Path, uri: str) -> None:
         bucket, key = self._split(uri)
+
+        def once() -> None:
+            with translated(str(path)):
+                self.client.fput_object(bucket, key, str(path))
+            self._check_upload(bucket, key, size)
+
         with translated(str(path)):
             size = path.stat().st_size
-            with self._translated(uri, writing=size):
-                self.client.fput_object(bucket, key, str(path))
+        self._patiently(uri, once, writing=size)
+
+    def _check_upload(self, bucket: str, key: str, size: int) -> None:
+        """Raise CutError when an object that was sent in parts is not there in its full size."""
+        from minio.error import S3Error
+
+        if size <= _ONE_PART:
+            return  # one PUT: the store compared length and hash before it said yes
+        try:
+            found = self.client.stat_object(bucket, key).size or 0
+        except S3Error as error:
+            if error.code != "NoSuchKey":
+                raise
+            found = 0
+        if found != size:
+            raise CutError(f"{size} bytes were sent in parts and accepted, but {found} bytes are there")
 
     def get(self, uri: str, path: Path) -> None:
         bucket, key = self._split(uri)
-        with self._translated(uri):
+
+        def once() -> None:
             answer = self.client.get_object(bucket, key)
             try:
                 with translated(str(path)):
@@ -191,25 +182,28 @@ class S3Store:
                 answer.close()
                 answer.release_conn()
 
+        self._patiently(uri, once)
+
     def list(self, uri: str) -> list[ObjectInfo]:
         bucket, key = self._split(uri)
         prefix = f"{key}/" if key else ""
-        with self._translated(uri):
+
+        def once() -> list[ObjectInfo]:
             found = self.client.list_objects(bucket, prefix=prefix, recursive=True)
             return [
                 ObjectInfo(f"s3://{bucket}/{item.object_name}", item.size or 0) for item in found if not item.is_dir
             ]
 
+        return self._patiently(uri, once)
+
     def delete(self, uri: str) -> None:
         bucket, key = self._split(uri)
-        with self._translated(uri):
-            self.client.remove_object(bucket, key)
+        self._patiently(uri, lambda: self.client.remove_object(bucket, key))
 
     def make_bucket(self, bucket: str) -> None:
         """Create a bucket unless it is there (``bucket_exists`` misreports on some servers, so ask by listing)."""
+        uri = f"s3://{bucket}"
         try:
-            with self._translated(f"s3://{bucket}"):
-                next(iter(self.client.list_objects(bucket)), None)
+            self._patiently(uri, lambda: next(iter(self.client.list_objects(bucket)), None))
         except NotFound:
-            with self._translated(f"s3://{bucket}"):
-                self.client.make_bucket(bucket)
+            self._patiently(uri, lambda: self.client.make_bucket(bucket))

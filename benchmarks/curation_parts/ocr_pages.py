@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-WORDS = """the of and a to in is it you that he was for on are with as they at be this from have or by one had not but what all were
+COMMON = """the of and a to in is it you that he was for on are with as they at be this from have or by one had not but what all were
 when we there can an your which their said if do will each about how up out them then she many some so these would other into
 has more her two like him see time could no make than first been its who now people my made over did down only way find use may
 water long little very after words called just where most know get through back much before go good new write our used me man
@@ -24,7 +23,8 @@ boys since white days ever paper hard near sentence better best across during to
 miles sun ways thing whole hear example heard several change answer room sea against top turned learn point city play toward five
 using himself usually money seen car morning body upon family later turn move face door cut done group true half red fish plants
 living wanted black eat short United run book gave order open ground cold really table remember tree course front American space
-inside ago sad early learned Friday Monday London river market 1987 2026 42 15% $300 7,500 e.g. kilometre""".split()
+inside ago sad early learned Friday Monday London river market 1987 2026 42 15% $300 7,500 e.g. kilometre"""
+WORDS = COMMON.split()
 
 FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "/Library/Fonts", "/System/Library/Fonts")
 WANTED = ("DejaVuSans.ttf", "DejaVuSerif.ttf", "LiberationSans-Regular.ttf", "LiberationSerif-Regular.ttf", "Arial.ttf")
@@ -149,9 +149,3 @@ def _distance(one: str, other: str) -> int:
         best = np.concatenate([[n], np.minimum(row[:-1] + (b != char), row[1:] + 1)])
         row = np.minimum.accumulate(best - np.arange(len(best))) + np.arange(len(best))
     return int(row[-1])
-
-
-def rounds_of(found: list[Page]) -> Iterator[tuple[str, int]]:
-    """How many pages there are of each kind."""
-    for kind in KINDS:
-        yield kind.name, sum(page.kind == kind.name for page in found)

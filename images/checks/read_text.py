@@ -4,7 +4,7 @@ import sys
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vlmflow.curation.ocr import Reader
+from vlmflow.curation.ocr_engine import Reader
 
 picture = Image.new("RGB", (320, 96), "white")
 ImageDraw.Draw(picture).text((24, 20), "STOP 42", fill="black", font=ImageFont.load_default(48))

@@ -55,9 +55,11 @@ _SEPARATOR = re.compile(r"\s+[|–—·•»~-]+\s+|\s*[|·•»]\s*")
 
 def unescape(text: str) -> str:
     """HTML entities (also doubly escaped), tags and odd white space to plain text."""
-    text = html.unescape(html.unescape(text))
+    if "&" in text:
+        text = html.unescape(html.unescape(text))
     text = _TAG.sub(" ", text)
-    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Zs") else c for c in text)
+    if not (text.isascii() and text.isprintable()):
+        text = "".join(" " if unicodedata.category(c) in ("Cc", "Cf", "Zl", "Zp", "Zs") else c for c in text)
     return " ".join(text.split())
 
 

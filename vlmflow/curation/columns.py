@@ -61,3 +61,18 @@ def text_numbers(manifest: Manifest, which: str, hashes: Any, scratch: Any) -> n
     pairs = zip(texts, errors, strict=True)
     found = (number(wording([text])) if text and text.strip() and not error else 0 for text, error in pairs)
     return np.fromiter(found, dtype=np.int64, count=len(texts))
+
+
+def one_of_each(keys: Any, dataset: str) -> Any:
+    """A column of keys as one array. Raises DataError when two samples share one: keys decide ties and name samples."""
+    from collections import Counter
+
+    import pyarrow.compute as pc
+
+    keys = column(keys)
+    if pc.count_distinct(keys).as_py() != len(keys):
+        key, n = Counter(keys.to_pylist()).most_common(1)[0]
+        raise DataError(
+            f"dataset '{dataset}': key '{key}' stands in {n} shards; keys decide ties and must be unique. Pull it again."
+        )
+    return keys

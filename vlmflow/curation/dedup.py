@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vlmflow.curation import phash
-from vlmflow.curation.columns import column, numbers, stacked, text_numbers
+from vlmflow.curation.columns import column, numbers, one_of_each, stacked, text_numbers
 from vlmflow.dataset.layer import seal_columns
-from vlmflow.errors import DataError
 from vlmflow.vision.near import Index, blocks
 
 if TYPE_CHECKING:
@@ -50,8 +49,10 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
     spec = ctx.recipe.curation.dedup
     if spec is None:
         return manifest
-    table = stacked(manifest, phash.LAYER, ctx.scratch, ["key", "plain", "trimmed", "content", "text", "turns", "pixels"])
-    keys = column(table["key"])
+    table = stacked(
+        manifest, phash.LAYER, ctx.scratch, ["key", "plain", "trimmed", "content", "text", "turns", "pixels"]
+    )
+    keys = one_of_each(table["key"], manifest.name)
     texts = text_numbers(manifest, spec.text, table, ctx.scratch) if spec.text else numbers(table["text"])
     order = _order(table)
     samples = _Samples.of(table, texts, spec.same_text, spec.images is not None).take(order)
@@ -89,12 +90,6 @@ def _order(table: Any) -> np.ndarray:
     """Rows from first to last in rank."""
     import pyarrow.compute as pc
 
-    if len(pc.unique(table["key"])) != len(table):
-        counts = Counter(table["key"].to_pylist())
-        key, n = counts.most_common(1)[0]
-        raise DataError(
-            f"key '{key}' stands in {n} shards; keys name the sample that stays and must be unique. Pull it again."
-        )
     return pc.sort_indices(table, [("pixels", "descending"), ("key", "ascending")]).to_numpy().astype(np.int64)
 
 
@@ -141,9 +136,7 @@ class _Samples:
             ],
             _mix(rows, np.uint64(4)),
         )
-        return _Samples(
-            _first(plain), _first(trimmed), plain, trimmed, count, content, texts, group, signature, hashed
-        )
+        return _Samples(_first(plain), _first(trimmed), plain, trimmed, count, content, texts, group, signature, hashed)
 
     def take(self, rows: np.ndarray) -> _Samples:
         """The samples at `rows`, in that order."""
@@ -153,13 +146,14 @@ class _Samples:
         return _Samples(*(f[rows] if isinstance(f, np.ndarray) else f.take(pa.array(rows)) for f in fields))
 
 
-def duplicates(
-    samples: _Samples, distance: int | None, by_text: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def duplicates(samples: _Samples, distance: int | None, by_text: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Of samples in the order of their ranks: which earlier one each repeats (-1 = none, it stays), how, and by how many bits."""
     _, first, unit_of = np.unique(samples.signature, return_index=True, return_inverse=True)
     by_rank = np.argsort(first)
-    unit_of, first = np.argsort(by_rank)[unit_of], first[by_rank]  # units are numbered in the order of their first samples
+    unit_of, first = (
+        np.argsort(by_rank)[unit_of],
+        first[by_rank],
+    )  # units are numbered in the order of their first samples
     units = samples.take(first)
     leader, kind, bits = _leaders(units, distance, by_text)
 
@@ -192,7 +186,7 @@ def _leaders(units: _Samples, distance: int | None, by_text: bool) -> tuple[np.n
         inside = np.arange(block.start, block.stop)
         inside = inside[leader[spots[inside]] < 0]
         met: dict[int, list[tuple[int, int, int]]] = {}
-        for code, index in views:
+        for code, index in views if len(inside) else ():
             query, found, apart = index.later(inside)
             for q, f, d in zip(spots[inside[query]].tolist(), spots[found].tolist(), apart.tolist(), strict=True):
                 met.setdefault(q, []).append((f, code, d))
@@ -266,10 +260,14 @@ def _mix(*parts: np.ndarray | np.uint64) -> np.ndarray:
 def _summary(manifest: Manifest, keys: Any, of: np.ndarray, kind: np.ndarray, samples: _Samples) -> dict[str, Any]:
     gone = np.flatnonzero(of >= 0)
     names = manifest.sources
-    source = np.repeat([names.index(shard.source) for shard in manifest.shards], [shard.samples for shard in manifest.shards])
+    source = np.repeat(
+        [names.index(shard.source) for shard in manifest.shards], [shard.samples for shard in manifest.shards]
+    )
     pairs = Counter(zip(source[gone].tolist(), source[of[gone]].tolist(), strict=True))
     leaders, sizes = np.unique(of[gone], return_counts=True)
-    clusters = sorted(((int(n), keys[int(i)].as_py()) for i, n in _top(leaders, sizes)), key=lambda pair: (-pair[0], pair[1]))
+    clusters = sorted(
+        ((int(n), keys[int(i)].as_py()) for i, n in _top(leaders, sizes)), key=lambda pair: (-pair[0], pair[1])
+    )
     dropped = Counter(KINDS[code] for code in kind[gone].tolist())
     return {
         "samples": len(of), "stay": int((of < 0).sum()), "dropped": {name: dropped[name] for name in KINDS if dropped[name]},

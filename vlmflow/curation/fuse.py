@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from vlmflow.step import Context
 
 LAYER = "fused"
-VERSION = 2  # 2: cost columns of engine openai only
+VERSION = 1
 SCHEMA = {
     "text": "str",
     "engine": "str",  # rules | openai | none (only one source says anything) | alt (fallback)

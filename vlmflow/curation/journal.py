@@ -65,7 +65,7 @@ class Journal:
         Raises:
             NoSpace, StorageError: the local disk or, some answers later, the store refused.
         """
-        line = json.dumps([key, value], ensure_ascii=False).encode() + b"\n"
+        line = json.dumps([key, value]).encode() + b"\n"
         with self._lock, translated(str(self._local), writing=len(line)):
             if self._file < 0:
                 self._file = _open(self._local)

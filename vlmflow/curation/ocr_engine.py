@@ -215,7 +215,7 @@ class Reader:
         return [self._page([(crop, *next(read)) for crop in page]) for page in pages]
 
     def _page(self, read: list[tuple[Crop, str, float]]) -> tuple[str, list[Line]]:
-        kept = [
+        kept: list[Line] = [
             {"box": crop.box, "text": text.strip(), "score": round(score, 4)}
             for crop, text, score in read
             if score >= self.settings.min_score and len("".join(text.split())) >= self.settings.min_chars

@@ -16,11 +16,13 @@ import time
 from collections import deque
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from functools import lru_cache
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from vlmflow.errors import RecipeError, ServiceError
 
+ANSWER_LIMIT = 2**24  # bytes of one answer
 RETRY_AFTER_LIMIT = 300.0  # seconds: a server that asks for a longer pause is asked again after this
 
 
@@ -120,7 +122,9 @@ class Client:
         self.answered = 0
         self._url = _address(endpoint)
         self._key = os.environ.get(endpoint.key_env) or None
-        self._secrets = [s for s in (self._key, urlsplit(self._url).password) if s]
+        parts = urlsplit(self._url)
+        in_url = [parts.password, *(value for _, value in parse_qsl(parts.query) if len(value) > 7)]
+        self._secrets = [secret for secret in (self._key, *in_url) if secret]
         self._pace = _Pace(endpoint.concurrency)
         self._session: Any = None
 
@@ -185,12 +189,14 @@ class Client:
 
         try:
             async with self._session.post(self._target, data=body, headers=headers, allow_redirects=False) as response:
-                status, raw, after = response.status, await response.read(), response.headers.get("Retry-After")
+                status, raw, after = response.status, await _read(response), response.headers.get("Retry-After")
         except TimeoutError:
             raise _Again(f"no answer within {self.endpoint.timeout:g} s", "timeout") from None
         except aiohttp.ClientConnectionError as error:
             number = getattr(error, "errno", None) or 0  # the error's own text would tell the address
             raise _Again(os.strerror(number) if number > 0 else type(error).__name__, "connection") from None
+        except aiohttp.ClientPayloadError:
+            raise _Again("the answer was cut off", "malformed") from None
         except aiohttp.ClientError as error:
             raise _Again(type(error).__name__, "connection") from None
         if status == 200:
@@ -246,7 +252,7 @@ class Client:
 
 
 def _address(endpoint: Endpoint) -> str:
-    base = os.environ.get(endpoint.url_env, "").strip().rstrip("/")
+    base = os.environ.get(endpoint.url_env, "").strip()
     if not base:
         raise RecipeError(
             f"environment variable {endpoint.url_env} is not set: it must hold the base URL of an OpenAI-compatible server, "
@@ -264,16 +270,17 @@ def _address(endpoint: Endpoint) -> str:
             f"{endpoint.url_env} holds a user name or password and {endpoint.key_env} a key: a request can carry one of them "
             "only; clear the other"
         )
-    return base if base.endswith("/chat/completions") else base + "/chat/completions"
+    path = parts.path.rstrip("/").removesuffix("/chat/completions") + "/chat/completions"
+    return parts._replace(path=path, fragment="").geturl()
 
 
-def _settings(endpoint: Endpoint, request: ChatRequest) -> dict[str, Any]:
-    return {
-        "model": endpoint.model,
-        "max_tokens": request.max_tokens,
-        "temperature": 0,
-        "seed": endpoint.seed if request.seed is None else request.seed,
-    }
+@lru_cache(maxsize=256)
+def _settings(model: str, max_tokens: int, seed: int) -> bytes:
+    return json.dumps({"model": model, "max_tokens": max_tokens, "temperature": 0, "seed": seed}).encode()
+
+
+def _settings_of(endpoint: Endpoint, request: ChatRequest) -> bytes:
+    return _settings(endpoint.model, request.max_tokens, endpoint.seed if request.seed is None else request.seed)
 
 
 def fingerprint(endpoint: Endpoint, request: ChatRequest) -> str:
@@ -281,7 +288,7 @@ def fingerprint(endpoint: Endpoint, request: ChatRequest) -> str:
 
     Identical requests are asked once, answers are journalled under it, and it is sent as Idempotency-Key.
     """
-    name = hashlib.sha256(json.dumps([_settings(endpoint, request), request.prompt, len(request.images)]).encode())
+    name = hashlib.sha256(_settings_of(endpoint, request) + json.dumps(request.prompt).encode())
     for image in request.images:
         name.update(hashlib.sha256(image).digest())
     return name.hexdigest()
@@ -293,14 +300,27 @@ def _body(endpoint: Endpoint, request: ChatRequest) -> bytes:
     if request.images:
         parts = [b'{"type": "image_url", "image_url": {"url": "%b"}}' % data_url(image) for image in request.images]
         words = b"[%b]" % b", ".join([*parts, b'{"type": "text", "text": %b}' % words])
-    settings = json.dumps(_settings(endpoint, request)).encode()
-    return b'%b, "messages": [{"role": "user", "content": %b}]}' % (settings[:-1], words)
+    messages = b', "messages": [{"role": "user", "content": %b}]}' % words
+    return _settings_of(endpoint, request)[:-1] + messages
 
 
 def data_url(image: bytes) -> bytes:
     """The picture as a data: URL; its type is read from its first bytes."""
     kind = b"png" if image[:4] == b"\x89PNG" else b"webp" if image[8:12] == b"WEBP" else b"jpeg"
     return b"data:image/%b;base64,%b" % (kind, base64.b64encode(image))
+
+
+async def _read(response: Any) -> bytes:
+    """The whole body, which may be no larger than ANSWER_LIMIT."""
+    size = response.content_length
+    if size is not None and size <= ANSWER_LIMIT and "Content-Encoding" not in response.headers:
+        return await response.read()
+    raw = bytearray()
+    async for chunk in response.content.iter_chunked(2**16):
+        raw += chunk
+        if len(raw) > ANSWER_LIMIT:
+            raise _Again(f"an answer over {ANSWER_LIMIT} bytes", "malformed")
+    return bytes(raw)
 
 
 def _parse(raw: bytes, secrets: list[str]) -> ChatAnswer:

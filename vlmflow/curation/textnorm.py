@@ -101,9 +101,9 @@ def _tokens(text: str) -> tuple[Token, ...]:
                     text=piece,
                     norm=normal(piece),
                     kind=kind_of(piece),
-                    lead="".join(c for c in before if c in '"“«') if position == 0 else "",
+                    lead="".join(c for c in before if c in '"“«') if before and position == 0 else "",
                     trail=("." if _abbreviated(core, after) else "".join(c for c in after if c in '"”»'))
-                    if last
+                    if last and after
                     else "",
                     stop=last and any(c in ".,;:!?…)]|" for c in after) and not _abbreviated(core, after),
                 )
@@ -131,8 +131,9 @@ def vocabulary(text: str) -> frozenset[str]:
         found.add(token.norm)
     for piece in re.findall(r"[^\W\d_]+|\d+", plain):
         found.add(normal(piece))
-    for piece in re.split(r"[\s_/\\|]+", plain):
-        found.update(token.norm for token in tokens(piece))
+    for chunk in plain.split():
+        if any(mark in chunk for mark in "_/\\|"):
+            found.update(token.norm for piece in re.split(r"[_/\\|]+", chunk) for token in tokens(piece))
     return frozenset(found)
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
+from vlmflow.curation.inputs import UPSTREAM
 from vlmflow.look.query import RANDOM, Facet, Query
 from vlmflow.look.table import FIXED, SAMPLE, Table
 from vlmflow.report.charts import binned, legend
@@ -20,8 +21,10 @@ MOST_CHARS = 1200  # of a text on a card; the sample's own page has all of it
 MOST_SCORES = 10
 _BADGES = {"kept": "good", "dropped": "bad", "undecided": ""}
 _BARS = {"kept": "kept", "dropped": "gone", "undecided": "undecided"}
+NOISE = ("_tokens", ".tokens", ".nll", ".finish")  # for the sample's own page and for sorting
 _UNSHOWN = {
     "sample.id",
+    "sample.url",
     "sample.sha256",
     "sample.images",
     "sample.format",
@@ -51,13 +54,18 @@ def card(row: Mapping[str, Any], table: Table, picture: Safe | None, sort: str =
         if value is None or value == [] or name in FIXED or name in _UNSHOWN:
             continue
         if name.endswith(".error"):
+            if str(value).startswith(UPSTREAM):  # told by the layer that failed
+                continue
             words.append(el("div", tag(f"{column.layer}: {_cut(str(value))}", "warn wrap")))
         elif column.kind in ("text", "json", "list"):
             text = _cut(_words(value, column.kind))
-            shown = link(text) if name == f"{SAMPLE}.url" else text
-            if text:
-                words.append(el("div", el("b", _title(name)), el("div", shown, cls="clamp")))
-        elif column.kind in ("number", "flag", "category") and not name.startswith(f"{SAMPLE}."):
+            if (
+                text
+                and text != row.get("reason")
+                and not (column.kind == "json" and f"{column.layer}.text" in table.columns)
+            ):
+                words.append(el("div", el("b", _title(name)), el("div", text, cls="clamp")))
+        elif column.kind in ("number", "flag", "category") and column.layer != SAMPLE and not name.endswith(NOISE):
             scores.append((name, value))
     size = (row.get("sample.width"), row.get("sample.height"))
     scores.sort(key=lambda item: item[0] != sort)
@@ -75,6 +83,8 @@ def card(row: Mapping[str, Any], table: Table, picture: Safe | None, sort: str =
     body: list[Any] = [el("div", name, badge, cls="head")]
     if row.get("reason"):
         body.append(el("p", row["reason"], cls="why"))
+    if row.get("sample.url"):
+        words.append(el("div", link(row["sample.url"]), cls="from", title=row["sample.url"]))
     body += [el("div", *words, cls="words") if words else "", el("div", tag(row["source"]), *chips, cls="scores")]
     return el("article", frame, el("div", *body, cls="in"), cls=f"card {state}")
 

@@ -7,14 +7,11 @@ DuckDB joins the two tables by key with its memory bounded; only counts and a fe
 from __future__ import annotations
 
 import json
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from vlmflow.look.table import FIXED, Table, limits, literal, quoted
+from vlmflow.look.table import FIXED, Table, attach, quoted
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     import duckdb
 
     from vlmflow.dataset.manifest import Manifest
@@ -36,7 +33,7 @@ def diff(a: Manifest, b: Manifest, table_a: Table, table_b: Table, examples: int
     made["shards"] = _shards(a, b)
     made["layers"] = _layers(a, b)
     made["steps"] = _steps(a, b)
-    with _both(table_a, table_b) as con:
+    with attach({"ra": table_a.path, "rb": table_b.path}) as con:
         made["samples"] = _samples(con, examples)
         made["sources"] = _sources(con)
         made["images"] = _images(con, table_a, table_b, examples)
@@ -47,19 +44,6 @@ def diff(a: Manifest, b: Manifest, table_a: Table, table_b: Table, examples: int
         or any(made["layers"].values()) or made["steps"] or made["values"] or made["decisions"]
     )  # fmt: skip
     return made
-
-
-@contextmanager
-def _both(a: Table, b: Table) -> Iterator[duckdb.DuckDBPyConnection]:
-    import duckdb
-
-    with duckdb.connect(":memory:", config=limits(a.path.parent)) as con:
-        con.execute(f"ATTACH {literal(str(a.path))} AS a (READ_ONLY)")
-        if b.path != a.path:  # one file cannot be attached twice
-            con.execute(f"ATTACH {literal(str(b.path))} AS b (READ_ONLY)")
-        con.execute("CREATE VIEW ra AS SELECT * FROM a.rows")
-        con.execute(f"CREATE VIEW rb AS SELECT * FROM {'a' if b.path == a.path else 'b'}.rows")
-        yield con
 
 
 def _shards(a: Manifest, b: Manifest) -> dict[str, Any]:

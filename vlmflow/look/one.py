@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from vlmflow.look.samples import Samples
 
 
-def body(manifest: Manifest, row: dict[str, Any], samples: Samples, n: int) -> Safe:
+def body(manifest: Manifest, row: dict[str, Any], samples: Samples) -> Safe:
     """The page's content. Raises DataError when the shard does not hold what the manifest says."""
     found = of_sample(manifest, row["shard"], row["key"], samples)
     pictures = [
-        el("a", el("img", src=f"/image?n={n}&i={i}", alt=f"picture {i}"), href=f"/image?n={n}&i={i}")
+        el("a", el("img", src=f"/image?n={row['n']}&i={i}", alt=f"picture {i}"), href=f"/image?n={row['n']}&i={i}")
         for i in range(len(found["fetched"]))
     ]
     badge = {"kept": "good", "dropped": "bad"}.get(found["state"], "")
@@ -30,7 +30,7 @@ def body(manifest: Manifest, row: dict[str, Any], samples: Samples, n: int) -> S
         facts([
             ("URL", link(found["url"]) if found["url"] else "none"),
             ("source", found["source"]), ("table", table), ("row", found["row"]),
-            *((f"image {i}", value(about)) for i, about in enumerate(found["fetched"])),
+            *((f"image {i}", _about(about)) for i, about in enumerate(found["fetched"])),
             ("shard", found["shard"]["uri"]), ("its sha256", found["shard"]["sha256"]),
             ("members", value({name: f"{length} bytes at {offset}" for name, (offset, length) in found["shard"]["members"].items()})),
         ]),
@@ -66,3 +66,9 @@ def value(thing: Any) -> Safe:
         text = json.dumps(thing, ensure_ascii=False, indent=1)
         return el("pre", text if len(text) < 4000 else text[:4000] + " …")
     return el("span", "yes" if thing is True else "no" if thing is False else thing)
+
+
+def _about(image: dict[str, Any]) -> str:
+    """What is known of a picture, in a line."""
+    others = [f"{name} {image[name]}" for name in sorted(image) if name not in ("width", "height", "format")]
+    return ", ".join([f"{image.get('width')}×{image.get('height')} {image.get('format')}", *others])

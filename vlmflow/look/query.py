@@ -284,7 +284,8 @@ def facets(con: duckdb.DuckDBPyConnection, table: Table, query: Query) -> list[F
     for parameter in [*FACETS, "error", *(p for p in found if p not in FACETS and p != "error")]:
         entries = sorted(found.get(parameter, []), key=lambda e: (-e[1], e[0]))
         chosen = query.values(parameter)
-        if chosen or any(value for value, _ in entries):
+        says_something = any(value for value, _ in entries) and (len(entries) > 1 or not parameter.startswith("is."))
+        if chosen or says_something:
             shown = [e for i, e in enumerate(entries) if i < ENTRIES or e[0] in chosen]
             shown += [(value, 0) for value in chosen if value not in {v for v, _ in entries}]
             made.append(Facet(parameter, parameter.removeprefix("is."), shown))

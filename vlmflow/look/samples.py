@@ -77,9 +77,10 @@ class Samples:
         return sample.images
 
     def bytes_to_fetch(self) -> int:
-        """Bytes of the shards that are not on this machine."""
-        return sum(ref.bytes for ref in self.manifest.shards if not _is_here(ref, self.scratch))
+        """Bytes of the shards that must come to this machine before every sample's JSON can be read; that of adopted shards
+        lies in a file of its own."""
+        return sum(ref.bytes for ref in self.manifest.shards if not ref.meta and not _is_here(ref, self.scratch))
 
 
 def _is_here(ref: ShardRef, scratch: str | Path) -> bool:
-    return storage.local_path(ref.uri) is not None or storage.cache_path(ref.uri, ref.sha256, scratch).exists()
+    return storage.local_path(ref.uri) is not None or storage.cache_path(ref.uri, ref.content, scratch).exists()

@@ -9,12 +9,15 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.errors import VlmflowError
 from vlmflow.look import cards, query
 from vlmflow.look.pictures import thumbnail
+from vlmflow.look.samples import Samples
 from vlmflow.look.style import CSS
+from vlmflow.look.table import SAMPLE, Column, Table, open_table, sample_facts
 from vlmflow.report.html import Safe, el, join, tiles
 from vlmflow.report.numbers import count, percent
 
@@ -23,11 +26,10 @@ if TYPE_CHECKING:
 
     from vlmflow.dataset.manifest import Manifest
     from vlmflow.look.query import Query
-    from vlmflow.look.samples import Samples
-    from vlmflow.look.table import Table
 
 EACH = 8  # samples of a group
 REASONS = 8  # groups of reasons, the commonest
+SHARDS = 4  # that an excerpt looks at
 SIDE = 200  # pixels of an embedded picture
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
 PREFERRED = ("ppl.ppl", "dedup.distance", "judge.score", "ocr.score")  # what to sort by when nobody says
@@ -66,12 +68,16 @@ def body(
     sort = asked.sort if asked.sort not in ("n", query.RANDOM) else _column(table)
     total, facets = query.count(con, table, asked), query.facets(con, table, asked)
     parts: list[Any] = [el("p", query.described(asked), cls="lead"), _counts(facets, total, table)]
+    own = {c.name: c for c in (Column(f"{SAMPLE}.{name}", "text") for name in ("text", "talk"))}
+    shown_as = replace(table, columns={**own, **table.columns})
     groups: list[tuple[str, Query]] = []
     if sort:
         if table.columns[sort].kind == "number":
             parts.append(el("div", cards.plot(query.histogram(con, table, asked, sort)), cls="plot"))
         ends = [(f"Lowest {sort}", "asc"), (f"Highest {sort}", "desc")]
         groups += [(title, replace(asked, sort=sort, order=order, page=1, per=each)) for title, order in ends]
+    else:
+        groups.append(("Some samples", replace(asked, sort=query.RANDOM, order="asc", page=1, per=each)))
     reasons = next((f.entries for f in facets if f.parameter == "reason"), [])
     for reason, number in reasons[:REASONS]:
         if reason and number:
@@ -86,17 +92,22 @@ def body(
                     replace(asked.asked("error", [error]), sort=query.RANDOM, order="asc", per=each),
                 )
             )
-    if not groups:
-        groups.append(("Some samples", replace(asked, sort=query.RANDOM, order="asc", per=each)))
     for title, q in groups:
         rows = query.page(con, table, q)
-        shown = [cards.card(row, table, _picture(row, samples), q.sort) for row in rows]
+        if not table.with_samples:
+            rows = [row | _own(row, samples) for row in rows]
+        shown = [cards.card(row, shown_as, _picture(row, samples), q.sort) for row in rows]
         parts += [el("h2", title), el("div", *shown, cls="cards") if shown else el("p", "none", cls="note")]
     return join(parts)
 
 
-def _column(table: Table) -> str | None:
+def _column(table: Table, layer: str | None = None) -> str | None:
+    """The column to sort by when nobody says: a score, of this layer if it has one."""
     numbers = [c.name for c in table.columns.values() if c.kind == "number" and "." in c.name and c.layer != "sample"]
+    numbers = [name for name in numbers if not name.endswith(cards.NOISE)]
+    mine = [name for name in numbers if name.startswith(f"{layer}.")]
+    if layer != "keep" and mine:
+        return mine[0]
     scores = [name for name in numbers if name.rpartition(".")[2] in ("score", "distance")]
     return next((name for name in (*PREFERRED, *scores, *numbers) if name in numbers and name != "keep.rank"), None)
 
@@ -114,6 +125,42 @@ def _counts(facets: Sequence[query.Facet], total: int, table: Table) -> Safe:
         for value, number in found.get("source", [])[:4]
     ]
     return tiles(figures)
+
+
+def _own(row: dict[str, Any], samples: Samples) -> dict[str, Any]:
+    """What a sample's own JSON says, when the table was made without: few are shown, so few are read."""
+    try:
+        return {
+            f"{SAMPLE}.{name}": value for name, value in sample_facts(samples.meta(row["shard"], row["key"])).items()
+        }
+    except VlmflowError:  # its picture says why
+        return {}
+
+
+def excerpt(manifest: Manifest, scratch: Path, layer: str | None = None, each: int = 4) -> Safe:
+    """The gallery's groups of at most SHARDS evenly spaced shards, for pages that must stay small; fetches no shard.
+
+    Raises:
+        DataError: a layer's part is not what was written.
+    """
+    total = len(manifest.shards)
+    chosen = sorted({round(i * (total - 1) / max(min(SHARDS, total) - 1, 1)) for i in range(min(SHARDS, total))})
+    part = manifest.model_copy(update={
+        "shards": [manifest.shards[i] for i in chosen],
+        "layers": {name: ref.model_copy(update={"parts": [ref.parts[i] for i in chosen]}) for name, ref in manifest.layers.items()},
+    })  # fmt: skip
+    samples = Samples(part, scratch)
+    table = open_table(part, scratch, samples=not samples.bytes_to_fetch())
+    try:
+        with table.connect() as con:
+            asked = query.Query(sort=_column(table, layer) or "n")
+            groups = body(part, con, table, samples, asked, each)
+    finally:
+        table.path.unlink(missing_ok=True)  # of a part of a dataset: nobody asks for it again
+    told = (
+        f"Samples of {len(chosen)} of {total} shards; `vlmflow data gallery` shows all." if len(chosen) < total else ""
+    )
+    return el("div", el("p", told, cls="note") if told else "", groups)
 
 
 def _picture(row: dict[str, Any], samples: Samples) -> Safe | None:

@@ -45,11 +45,7 @@ def stats(manifest: Manifest, table: Table) -> dict[str, Any]:
         `with_samples`: whether the samples' own JSON was counted.
     """
     with table.connect() as con:
-        columns = {
-            c.name: _column(con, table, c)
-            for c in table.columns.values()
-            if c.name not in FIXED and c.kind != "numbers"
-        }
+        columns = {c.name: _column(con, table, c) for c in table.columns.values() if c.name not in FIXED}
         return {
             "name": manifest.name,
             "digest": manifest.digest,
@@ -69,7 +65,7 @@ def _column(con: duckdb.DuckDBPyConnection, table: Table, column: Column) -> dic
     made: dict[str, Any] = {"kind": column.kind, "filled": filled, "missing": table.rows - filled}
     if not filled:
         return made
-    if column.name in IDENTITY or column.layer == "phash":
+    if column.name in IDENTITY:
         return made
     if column.kind == "number":
         return made | number(con, table, column)

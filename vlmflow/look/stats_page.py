@@ -90,6 +90,8 @@ def _bars(values: dict[str, int], cls: str) -> Safe:
 def _column(name: str, c: dict[str, Any], total: int) -> Safe:
     parts: list[Any] = [el("h3", name)]
     if "quantiles" in c:
+        if c["min"] == c["max"]:
+            return join([*parts, el("p", f"always {short(c['min'])}", cls="note")])
         parts.append(cards.plot(c["histogram"]))
         q = c["quantiles"]
         parts.append(table(["mean", "deviation", "lowest", *(f"{float(p):.0%}" for p in q), "highest"],
@@ -110,6 +112,8 @@ def _column(name: str, c: dict[str, Any], total: int) -> Safe:
             ]
     elif values := c.get("values") or c.get("items"):
         parts.append(_bars(values, "bar"))
+    else:
+        parts.append(el("p", f"{count(c['filled'])} filled", cls="note"))
     if c["missing"]:
         parts.append(el("p", f"{count(c['missing'])} of {count(total)} without", cls="note"))
     return join(parts)

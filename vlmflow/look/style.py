@@ -5,13 +5,16 @@ from vlmflow.report.style import CSS as REPORT
 CSS = (
     REPORT
     + """
-.top{background:var(--card);border-bottom:1px solid var(--edge);padding:12px 20px;display:flex;flex-wrap:wrap;gap:4px 18px;
+a{color:var(--accent)}
+header.top{padding:12px 20px;display:flex;flex-wrap:wrap;gap:4px 18px;
 align-items:baseline}
 .top h1{font-size:19px;margin:0}.top .dim,.dim{color:var(--dim);font-size:13px}
 .look{display:grid;grid-template-columns:250px minmax(0,1fr);max-width:none;margin:0;padding:0}
 aside{border-right:1px solid var(--edge);padding:14px 16px;font-size:13px}
 .results{padding:14px 20px 40px}
-@media(max-width:760px){.look{grid-template-columns:minmax(0,1fr)}aside{border-right:0;border-bottom:1px solid var(--edge)}}
+.to-filters{display:none}
+@media(max-width:760px){.look{grid-template-columns:minmax(0,1fr)}aside{border-right:0;border-top:1px solid var(--edge);order:2}
+.to-filters{display:inline}.results{padding:12px 14px 24px}}
 aside h3{font-size:12.5px;margin:16px 0 4px;color:var(--dim);font-weight:600;overflow-wrap:anywhere}
 aside form{display:grid;gap:6px}
 input,select,button{font:inherit;font-size:13px;color:var(--ink);background:var(--card);border:1px solid var(--edge);border-radius:6px;
@@ -47,6 +50,7 @@ overflow-wrap:anywhere}
 .card .words div{overflow-wrap:anywhere}
 .card .words b{font-weight:600;font-size:11px;color:var(--dim);display:block;line-height:1.3}
 .card .words .clamp{display:-webkit-box;-webkit-line-clamp:4;-webkit-box-orient:vertical;overflow:hidden;white-space:pre-line}
+.card .from{font-size:12px;white-space:nowrap;overflow:hidden;text-overflow:ellipsis}
 .card .scores{display:flex;flex-wrap:wrap;gap:4px;margin-top:auto}
 .card .scores .tag b{color:var(--ink);font-weight:600}
 .tag.wrap{white-space:normal;border-radius:6px}
@@ -57,7 +61,8 @@ svg a:hover rect{opacity:.7}
 .empty{padding:40px;text-align:center;color:var(--dim)}
 .one{max-width:1100px;margin:0 auto;padding:16px 20px 60px}
 .one .pics{display:flex;flex-wrap:wrap;gap:12px}.one .pics img{max-width:100%;max-height:420px;border:1px solid var(--edge);border-radius:8px}
-.one h2{margin-top:22px}
+.one h2{margin-top:22px}.one th{vertical-align:top}.one .pager{margin-bottom:10px}
+.one table.facts td{overflow-wrap:anywhere}
 .hint{color:var(--dim);font-size:12px;margin-top:22px}
 kbd{font:11px ui-monospace,monospace;border:1px solid var(--edge);border-radius:4px;padding:0 4px;background:var(--card)}
 """

@@ -13,11 +13,15 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Callable, Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vlmflow import storage_cache
 from vlmflow.curation.inputs import UPSTREAM
 from vlmflow.dataset.layer import read_columns
 from vlmflow.errors import DataError, NoSpace, StorageError
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 VERSION = 1  # raise when the same manifest would give another file
 MEMORY = "2GB"  # of DuckDB; what does not fit is spilled to the scratch folder
 THREADS = 2
+DAY = 86400.0  # seconds
 BATCH_ROWS = 50_000
 BATCH_BYTES = 64 << 20
 CATEGORIES = 40  # texts of at most so many different values are counted one by one
@@ -40,9 +45,10 @@ NO_CATEGORY = ("key", "id", "url", "text", "talk", "sha256", "reason", "error") 
 FETCH_LIMIT = 1 << 30  # bytes of shards that are fetched unasked for what the samples themselves say
 SAMPLE = "sample"  # stands in for a layer's name in columns of the samples' own JSON
 FIXED = ("n", "shard", "source", "key", "state", "reason", "reason_kind", "errors")
+DIGESTS = ("phash.content", "phash.text", "phash.turns")  # numbers that only say what is equal
 _SAMPLE_SCHEMA = {
     "id": "string", "url": "string", "text": "string", "talk": "string", "licence": "string", "images": "int64",
-    "width": "int64", "height": "int64", "aspect": "double", "format": "string", "sha256": "string",
+    "width": "int64", "height": "int64", "aspect": "float64", "format": "string", "sha256": "string",
 }  # fmt: skip
 NUMBER = r"[-+]?\d[\d.,]*(e[-+]?\d+)?"
 _SHELL: dict[str, Any] = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
@@ -50,7 +56,7 @@ _SHELL: dict[str, Any] = {"autoinstall_known_extensions": False, "autoload_known
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the wide table: `kind` is number, flag, category (few short values), text, list (of texts), numbers or json."""
+    """A column of the wide table: `kind` is number, flag, category (few short values), text, list (of texts) or json."""
 
     name: str
     kind: str
@@ -74,16 +80,38 @@ class Table:
     with_samples: bool
 
     def connect(self) -> duckdb.DuckDBPyConnection:
-        """A read-only connection; close it, or use it as a context manager."""
-        import duckdb
-
-        return duckdb.connect(str(self.path), read_only=True, config=limits(self.path.parent))
+        """A read-only connection that reaches nothing but this file; close it, or use it as a context manager."""
+        return attach({"rows": self.path})
 
     def column(self, name: str) -> Column:
         """A column by name. Raises DataError listing those there are."""
         if name not in self.columns:
             raise DataError(f"there is no column '{name}'; the dataset has {', '.join(self.columns)}")
         return self.columns[name]
+
+
+def attach(paths: Mapping[str, Path]) -> duckdb.DuckDBPyConnection:
+    """A connection with the rows of tables as read-only views of the names given; it reaches nothing but their files.
+
+    Raises:
+        DataError: a file cannot be read.
+    """
+    import duckdb
+
+    con = duckdb.connect(":memory:", config=limits(next(iter(paths.values())).parent))
+    try:
+        for path in dict.fromkeys(paths.values()):  # a file cannot be attached twice
+            con.execute(f"ATTACH {literal(str(path))} AS {quoted(path.name)} (READ_ONLY)")
+        for name, path in paths.items():
+            con.execute(f"CREATE VIEW {quoted(name)} AS SELECT * FROM {quoted(path.name)}.main.rows")
+        con.execute("SET enable_external_access = false")
+        con.execute("SET lock_configuration = true")
+    except duckdb.Error as error:
+        con.close()
+        raise DataError(
+            f"{', '.join(map(str, paths.values()))} cannot be read ({error}); it is only a cache: delete it and run the command again"
+        ) from error
+    return con
 
 
 def quoted(name: str) -> str:
@@ -107,7 +135,7 @@ def limits(folder: Path) -> dict[str, Any]:
         **_SHELL,
         "memory_limit": MEMORY,
         "threads": min(THREADS, os.cpu_count() or 1),
-        "temp_directory": str(folder / "spill"),
+        "temp_directory": str(folder / f".spill-{secrets.token_hex(8)}"),  # its own: other processes spill too
     }
 
 
@@ -139,25 +167,29 @@ def open_table(
                 "(--samples does so)"
             )
     path = paths[samples]
-    if not path.exists():
+    if path.exists():
+        storage_cache.touch(path)
+    else:
         folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        storage_cache.trim(folder)
         _build(manifest, Path(scratch), path, samples, say)
     return _opened(path, samples)
 
 
-def _opened(path: Path, samples: bool) -> Table:
-    import duckdb
+def _sweep(folder: Path) -> None:
+    """Remove what killed commands left behind: nothing that is still written is a day old."""
+    for left in folder.glob(".*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > DAY:
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
 
-    try:
-        with duckdb.connect(str(path), read_only=True, config=limits(path.parent)) as con:
-            columns = [
-                Column(*row) for row in con.execute("SELECT name, kind FROM columns ORDER BY position").fetchall()
-            ]
-            rows = con.execute("SELECT count(*) FROM rows").fetchall()[0][0]
-    except duckdb.Error as error:
-        raise DataError(
-            f"{path} cannot be read ({error}); it is only a cache: delete it and run the command again"
-        ) from error
+
+def _opened(path: Path, samples: bool) -> Table:
+    with attach({"rows": path}) as con:
+        described = con.execute(f"SELECT name, kind FROM {quoted(path.name)}.main.columns ORDER BY position").fetchall()
+        columns = [Column(*row) for row in described]
+        rows = con.execute("SELECT count(*) FROM rows").fetchall()[0][0]
     return Table(path, {column.name: column for column in columns}, rows, samples)
 
 
@@ -208,7 +240,11 @@ def _shard_tables(manifest: Manifest, scratch: Path, samples: bool, kinds: dict[
                     f"of shard {shard.uri} in their order. Delete it and run the step again."
                 )
             for column in part.column_names:
-                if column != "key":
+                if (
+                    column != "key"
+                    and f"{name}.{column}" not in DIGESTS
+                    and not _numbers(part.schema.field(column).type)
+                ):
                     columns[f"{name}.{column}"] = part.column(column)
             for column in json.loads((part.schema.metadata or {}).get(b"vlmflow.kinds", b"{}")):
                 kinds[f"{name}.{column}"] = "json"
@@ -220,12 +256,7 @@ def _shard_tables(manifest: Manifest, scratch: Path, samples: bool, kinds: dict[
             )
         if samples:
             facts = [sample_facts(reading.meta(number, key)) for key in keys.to_pylist()]
-            schema = pa.schema(
-                [
-                    (name, getattr(pa, kind if kind != "double" else "float64")())
-                    for name, kind in _SAMPLE_SCHEMA.items()
-                ]
-            )
+            schema = pa.schema([(name, getattr(pa, kind)()) for name, kind in _SAMPLE_SCHEMA.items()])
             own = pa.Table.from_pylist(facts, schema=schema)
             columns = {f"{SAMPLE}.{name}": own.column(name) for name in own.column_names} | columns
         count = len(keys)
@@ -237,6 +268,13 @@ def _shard_tables(manifest: Manifest, scratch: Path, samples: bool, kinds: dict[
         }
         start += count
         yield pa.table(fixed | columns)
+
+
+def _numbers(kind: Any) -> bool:
+    """Lists of numbers (hashes, boxes): nothing that is filtered or sorted by; a sample's own page shows them."""
+    import pyarrow as pa
+
+    return pa.types.is_list(kind) and not pa.types.is_string(kind.value_type)
 
 
 def sample_facts(meta: dict[str, Any]) -> dict[str, Any]:
@@ -322,7 +360,7 @@ def _describe(con: duckdb.DuckDBPyConnection, kinds: dict[str, str]) -> None:
         if name in kinds:
             kind = kinds[name]
         elif stored.endswith("[]"):
-            kind = "list" if stored == "VARCHAR[]" else "numbers"
+            kind = "list"
         elif stored == "BOOLEAN":
             kind = "flag"
         elif stored == "VARCHAR":

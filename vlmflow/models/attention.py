@@ -22,7 +22,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 NAME = "vlmflow_varlen"
-SMALL = 64  # segments up to this length share calls with others of about their length: the waste is below a call's overhead
+SMALL = (
+    64  # segments up to this length share calls with others of about their length: the waste is below a call's overhead
+)
 STEP = 16  # ... after padding to a multiple of this
 
 

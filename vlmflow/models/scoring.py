@@ -2,7 +2,8 @@
 
 What makes it fast: requests are sorted by length and packed, every segment attends to itself alone (`models.attention`);
 the head meets only the rows whose next token is counted, in chunks (the full logits of one 1500-token sample under a
-vocabulary of 152k are 0.9 GB in fp32, spec data-eval-soup.md 5.1); a tile that stands in several requests is encoded once.
+vocabulary of 152k are 0.9 GB in fp32, spec data-eval-soup.md 5.1), and so do the row-wise parts of the last layer, whose
+other rows nobody reads; a tile that stands in several requests is encoded once.
 
 What makes it exact: log-softmax in fp32, and the same arithmetic for a sample whatever stands beside it. Matrix products
 give each row the same bits whatever the other rows are, as long as there are a few of them: a product of fewer than about
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +30,9 @@ if TYPE_CHECKING:
 
 ROWS = 16  # fewest rows of a matrix product
 TILES = 64  # encoder tiles a pass
-CPU_TOKENS = 1024  # tokens a pass on a CPU: more leave the cache between two operations (benchmarks/curation.py perplexity)
-CPU_LOGITS, GPU_LOGITS = 1 << 21, 1 << 27  # logits of a chunk of the head: 8 MiB and 512 MiB in fp32
+CPU_TOKENS = 2048  # tokens a pass on a CPU: the fastest of 512 to 4096 by a little; more only costs memory
+CPU_LOGITS, GPU_LOGITS = 1 << 23, 1 << 27  # logits of a chunk of the head: 32 MiB and 512 MiB in fp32
+ROW_WISE = ("self_attn.q_proj", "self_attn.o_proj", "mlp")  # parts of a decoder layer that look at one row alone
 
 
 @dataclass(frozen=True)
@@ -174,8 +177,9 @@ def _score(model: Any, family: Family, items: Sequence[Encoded], features: torch
         labels = np.concatenate([labels, np.full(lacking, -100)])
     bounds = np.concatenate([[0], np.cumsum(lengths)])
     rows = np.flatnonzero(labels[1:] != -100)
+    wanted = torch.from_numpy(np.resize(rows, max(len(rows), ROWS)) if len(rows) else np.arange(ROWS)).to(device)
     borders = torch.from_numpy(bounds.astype(np.int32)).to(device)
-    with torch.inference_mode():
+    with torch.inference_mode(), only_rows(model, wanted):
         hidden = model.model(
             input_ids=torch.tensor([ids]).to(device),
             position_ids=torch.from_numpy(positions)[None].to(device),
@@ -186,22 +190,52 @@ def _score(model: Any, family: Family, items: Sequence[Encoded], features: torch
             max_length_k=max(lengths),
             use_cache=False,
         ).last_hidden_state[0]
-        nats = nats_of(hidden[torch.from_numpy(rows).to(device)], labels[1:][rows], model.get_output_embeddings())
+        nats = nats_of(hidden[wanted], labels[1:][rows], model.get_output_embeddings())
     owner = np.searchsorted(bounds, rows, side="right") - 1
     sums = np.bincount(owner, weights=nats, minlength=len(items))
     counts = np.bincount(owner, minlength=len(items))
     return [Score(float(sums[i]), int(counts[i])) for i in range(len(items))]
 
 
+@contextmanager
+def only_rows(model: Any, rows: torch.Tensor) -> Iterator[None]:
+    """While it lasts, the row-wise parts of the last decoder layer compute these rows [n] of the (flattened) batch alone.
+
+    Keys and values of the layer stay whole. A model whose layers have other names computes everything, as without it.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    changed: list[Any] = []
+
+    def narrowed(forward: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def apply(hidden: torch.Tensor) -> torch.Tensor:
+            flat = hidden.flatten(0, -2)
+            some = forward(flat[rows][None])[0]
+            return flat.new_zeros(len(flat), some.shape[-1]).index_copy_(0, rows, some).unflatten(0, hidden.shape[:-1])
+
+        return apply
+
+    try:
+        for name in ROW_WISE if layers is not None else ():
+            module = layers[-1]
+            for part in name.split("."):
+                module = getattr(module, part, None)
+            if module is not None:
+                module.forward = narrowed(module.forward)
+                changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
 def nats_of(hidden: torch.Tensor, targets: np.ndarray, head: Any) -> np.ndarray:
-    """-log p of each target [n] under rows `hidden` [n, D], float64; the head meets the rows in chunks, softmax in fp32."""
+    """-log p of each target [n] under the first n of the rows `hidden` [at least ROWS, D], float64.
+
+    The head meets the rows in chunks; log-softmax is in fp32.
+    """
     import torch
 
     count = len(targets)
-    if not count:
-        return np.zeros(0)
-    if count < ROWS:
-        hidden = torch.cat([hidden, hidden[:1].expand(ROWS - count, -1)])
     values = torch.from_numpy(np.pad(targets, (0, len(hidden) - count))).to(hidden.device)
     logits = GPU_LOGITS if hidden.is_cuda else CPU_LOGITS
     most = max(2 * ROWS, logits // head.weight.shape[0])

@@ -17,7 +17,7 @@ from vlmflow.errors import RecipeError
 from vlmflow.recipe.base import Name, Section
 from vlmflow.recipe.curation import CurationSpec
 from vlmflow.recipe.data import DatasetSpec, PullSpec
-from vlmflow.recipe.mixture import DataUse
+from vlmflow.recipe.mixture import CURATED_TEXTS, DataUse
 from vlmflow.recipe.model import ModelSpec
 from vlmflow.recipe.results import EvaluationSpec, ExportSpec, RegistrySpec, SoupSpec
 from vlmflow.recipe.stage import StageSpec
@@ -88,14 +88,14 @@ class Recipe(Section):
         for field, stage, use in self.uses():
             if field.startswith("soup.") and stage and (problem := stage.misfit(use)):
                 problems.append(f"{field}.{problem}")
-            if (
-                use.text in ("ocr", "synthetic", "fused")
-                and use.dataset in self.data
-                and use.dataset != self.curation.dataset
-            ):
+            if use.text in CURATED_TEXTS and use.dataset in self.data and use.dataset != self.curation.dataset:
                 problems.append(
                     f"{field}: text '{use.text}' is made by curation, which works on dataset '{self.curation.dataset}', not on "
                     f"'{use.dataset}'"
+                )
+            if section := self.curation.missing_section(use.text):
+                problems.append(
+                    f"{field}: text '{use.text}' is made by the step of section {section}, which this recipe lacks"
                 )
             if use.keep and use.dataset != self.curation.dataset:
                 problems.append(

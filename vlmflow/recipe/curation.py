@@ -13,7 +13,7 @@ from pydantic import Field, model_validator
 from vlmflow.recipe.base import Name, Section, Share
 
 Engine = Literal["model", "openai"]
-TextLayer = Literal["fused", "alt", "synthetic", "ocr"]
+TextLayer = Literal["fused", "alt", "synthetic", "described", "ocr"]
 
 
 class EndpointFields(Section):
@@ -131,15 +131,27 @@ class DocqaSpec(EndpointFields):
 class CleanSpec(Section):
     """Layers `phash` and `clean`: checks of each sample by itself; a failed check drops the sample with its reason."""
 
-    text: TextLayer | None = Field("fused", description="which text is checked; None = the images only")
+    text: TextLayer | None = Field(
+        "fused",
+        description="which text is checked (alt = conversations and preferences where a sample has them); None = images only",
+    )
     min_side: int = Field(1, ge=1, description="pixels of the shorter side of every image")
     max_aspect: float = Field(30.0, ge=1, description="longer side over shorter side")
     min_words: int = Field(1, ge=0, description="words of the text (characters where a script has no spaces)")
-    max_words: int = Field(2000, ge=1, description="words of the text")
+    max_words: int = Field(2000, ge=1, description="words of the text, at least min_words")
     languages: list[str] = Field(
-        default_factory=list, description="ISO 639-1 codes that may stay, e.g. [en, zh]; empty = all"
+        default_factory=list,
+        description="ISO 639-1 codes that may stay, e.g. [en, zh]; empty = all. Texts whose language cannot be told stay",
     )
-    max_repetition: Share = Field(0.5, description="largest share of repeated character 10-grams (data-juicer: 0.5)")
+    max_repetition: Share = Field(
+        0.5, description="largest share of character 10-grams that occurred before in the text (data-juicer: 0.5)"
+    )
+
+    @model_validator(mode="after")
+    def _some_length(self) -> CleanSpec:
+        if self.min_words > self.max_words:
+            raise ValueError(f"min_words {self.min_words} is above max_words {self.max_words}; no text fits")
+        return self
 
 
 class JudgeSpec(EndpointFields):
@@ -147,6 +159,7 @@ class JudgeSpec(EndpointFields):
 
     endpoint_env: str = Field("VLMFLOW_FUSE_URL", description="environment variable with the text model's base URL")
     key_env: str = Field("VLMFLOW_FUSE_KEY", description="environment variable with the API key")
+    text: TextLayer | Literal["conversations", "docqa"] = Field("conversations", description="what is judged")
     checks: list[Literal["needs_image", "grammar"]] = Field(
         default_factory=lambda: ["grammar"],  # type: ignore[arg-type]
         min_length=1,
@@ -154,17 +167,31 @@ class JudgeSpec(EndpointFields):
         "dropping grammar errors better than mending them, and dropping text-like questions slightly worse",
     )
     drop: bool = Field(True, description="drop what a check finds; false = only label it")
+    max_new_tokens: int = Field(100, ge=1, description="longest verdict in tokens")
     failure_limit: Share = Field(0.05, description="largest share of samples without a verdict")
+
+    @model_validator(mode="after")
+    def _questions(self) -> JudgeSpec:
+        if "needs_image" in self.checks and self.text not in ("conversations", "docqa"):
+            raise ValueError(f"checks: needs_image asks the questions of conversations or docqa; text is '{self.text}'")
+        return self
 
 
 class DedupSpec(Section):
-    """Layer `dedup`: exact and near duplicates over all sources of the dataset; the first in rank stays."""
+    """Layer `dedup`: exact and near duplicates over all sources of the dataset; of duplicates the one with most pixels stays."""
 
     images: int | None = Field(
-        6, ge=0, le=16, description="largest Hamming distance of 64-bit perceptual hashes; None = identical bytes only"
+        6,
+        ge=0,
+        le=16,
+        description="largest Hamming distance of 64-bit perceptual hashes; None = identical bytes only. Above 6 a million samples "
+        "take several times as long",
     )
     text: TextLayer | None = Field(None, description="also one sample a wording of this text; None = images only")
-    same_text: bool = Field(False, description="near images count as duplicates only when their texts agree too")
+    same_text: bool = Field(
+        False,
+        description="images count as duplicates only when the texts agree too; conversations and preferences always must",
+    )
 
 
 class ContaminationSpec(Section):
@@ -174,7 +201,9 @@ class ContaminationSpec(Section):
         6, ge=0, le=16, description="largest Hamming distance of perceptual hashes, also trimmed and mirrored"
     )
     ngram: int = Field(13, ge=3, description="words in a row that count as the same text")
-    text: TextLayer | None = Field(None, description="layer whose text is compared; None = alt text and conversations")
+    text: TextLayer | None = Field(
+        None, description="which text is compared; None = alt text, conversations and preferences"
+    )
     drop: bool = Field(True, description="drop contaminated samples; false = only count them")
 
 
@@ -182,7 +211,9 @@ class BalanceSpec(Section):
     """Fewer samples of the commonest main objects (POINTS app. E, spec/points.md 5: +0.6)."""
 
     top: int = Field(
-        6, ge=1, description="how many of the commonest classes are thinned when they exceed the mean count"
+        6,
+        ge=1,
+        description="how many of the commonest classes are thinned when they exceed the mean count; `other` is never thinned",
     )
     to: Share = Field(0.6, gt=0, description="share of such a class that stays, the first in rank")
 
@@ -220,6 +251,12 @@ class KeepSpec(Section):
     balance: BalanceSpec | None = Field(None, description="thin out the commonest main objects before the selection")
     drop_duplicate_texts: bool = Field(False, description="keep each text once (the first in rank)")
 
+    @model_validator(mode="after")
+    def _one_measure(self) -> KeepSpec:
+        if self.per_source and self.threshold is not None:
+            raise ValueError("per_source is about fraction; remove it or threshold")
+        return self
+
 
 class CurationSpec(Section):
     """Steps over one dataset of image + alt text; None leaves curation out."""
@@ -242,11 +279,39 @@ class CurationSpec(Section):
     keep: KeepSpec = Field(default_factory=KeepSpec, description="which samples stay")
 
     @model_validator(mode="after")
+    def _objects_known(self) -> CurationSpec:
+        if self.keep.balance and self.clean is None:
+            raise ValueError("curation.keep.balance needs the main objects that curation.clean finds; turn clean on")
+        return self
+
+    @model_validator(mode="after")
     def _endpoints_named(self) -> CurationSpec:
         steps = {name: getattr(self, name) for name in ("caption", "fuse", "describe", "docqa", "judge")}
         for name, step in steps.items():
             if step and getattr(step, "engine", "openai") == "openai" and not step.model_name:
                 raise ValueError(f"curation.{name}.model_name is required: the endpoint must be told which model")
+        named = {"clean": self.clean, "judge": self.judge, "dedup": self.dedup, "contamination": self.contamination}
+        for name, step in [*named.items(), ("perplexity", self.perplexity)]:
+            text = getattr(step, "text", None)
+            if section := self.missing_section(text):
+                raise ValueError(f"curation.{name}.text is '{text}', which the step of section {section} makes; add it")
         if self.describe and self.describe.repair and not self.describe.repair_model_name:
             raise ValueError("curation.describe.repair_model_name is required: the endpoint must be told which model")
         return self
+
+    def endpoints(self) -> list[tuple[str, str]]:
+        """(field, name of the environment variable with the address) of every server that the steps will ask."""
+        found = []
+        for name in ("caption", "fuse", "describe", "docqa", "judge"):
+            step = getattr(self, name)
+            if step and getattr(step, "engine", "openai") == "openai":
+                found.append((f"curation.{name}", step.endpoint_env))
+        if self.describe and self.describe.repair:
+            found.append(("curation.describe.repair", self.describe.repair_endpoint_env))
+        return found if self.dataset else []
+
+    def missing_section(self, text: str | None) -> str | None:
+        """The section whose step makes a text, when the recipe lacks it; the steps of other texts always run."""
+        sections = {"described": ("curation.describe", self.describe), "docqa": ("curation.docqa", self.docqa)}
+        name, section = sections.get(text or "", ("", True))
+        return None if section else name

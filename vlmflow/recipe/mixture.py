@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 
 from vlmflow.recipe.base import Name, Section, Share
 
-TextKind = Literal["alt", "ocr", "synthetic", "fused", "conversations", "preferences"]
+TextKind = Literal["alt", "ocr", "synthetic", "fused", "described", "docqa", "conversations", "preferences"]
+CURATED_TEXTS = ("ocr", "synthetic", "fused", "described", "docqa")  # kinds whose text is a layer of curation
 Prompt = Literal["continuation", "chat"]
 
 
@@ -19,7 +20,7 @@ class DataUse(Section):
     sources: list[Name] | None = Field(None, description="only these sources; None = all")
     text: TextKind = Field(
         description="which text is learned: the table's alt text, conversations or preferences (chosen and rejected "
-        "answers), or the text of a curation layer"
+        "answers), or a curation layer: its text, or (docqa) its questions and answers as a conversation"
     )
     keep: bool = Field(False, description="only samples that the perplexity filter kept")
     prompt: Prompt | None = Field(None, description="prompt style of this ingredient; None = the stage's")

@@ -137,4 +137,4 @@ class StageSpec(Section):
         return None
 
 
-WITH_TURNS = ("conversations", "preferences")
+WITH_TURNS = ("conversations", "preferences", "docqa")

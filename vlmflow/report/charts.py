@@ -171,7 +171,7 @@ def binned(
     """
     if len(edges) < 2:
         return el("p", f"{label}: no values", cls="note")
-    left, right, top, bottom = 52, 8, 8, 20
+    left, right, top, bottom = 52, 18, 8, 20
     base, step = height - bottom, (width - left - right) / (len(edges) - 1)
     totals = [sum(counts[i] for _, _, counts in series) for i in range(len(edges) - 1)]
     most = max(totals) or 1

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from vlmflow.dataset.sample import Sample
 from vlmflow.errors import DataError
+from vlmflow.recipe.mixture import CURATED_TEXTS
 
 if TYPE_CHECKING:
     from vlmflow.models.chat import Segment
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from vlmflow.training.plan import Item
 
 Row = dict[str, Any]
-LAYER_TEXTS = ("ocr", "synthetic", "fused")  # kinds whose text is a layer's
+LAYER_TEXTS = CURATED_TEXTS
 
 
 class Unusable(Exception):
@@ -88,12 +89,16 @@ class Kind(NamedTuple):
         render: (sample, layer row, wording, first, last) -> segments of each part; -1, -1 = the whole sample.
         parts: segments of a pack that an item gives, each with the item's images.
         joined: units follow each other in one sequence; else each unit is an item of its own.
+        turns: units are the rounds of the conversation in ``sample.meta``.
+        of: (sample, layer row) -> the sample that `units` and `render` see.
     """
 
     units: Callable[[Sample], list[int]]
     render: Callable[[Sample, Row | None, Wording, int, int], list[list[Segment]]]
     parts: int = 1
     joined: bool = True
+    turns: bool = False
+    of: Callable[[Sample, Row | None], Sample] = lambda sample, _: sample
 
 
 def _images(sample: Sample) -> int:
@@ -140,6 +145,21 @@ def _conversation(sample: Sample, row: Row | None, wording: Wording, first: int,
     return [render_conversation(turns[borders[first][0] : borders[last][1] + 1], shown[last], sample.key, before)]
 
 
+def _asked(sample: Sample, row: Row | None) -> Sample:
+    """The questions and answers that a layer's row holds, as a conversation that begins with the sample's images."""
+    from vlmflow.models.chat import MARKER
+
+    if row is not None and row.get("error"):
+        raise NoText(f"docqa failed: {row['error']}")
+    if not (pairs := (row or {}).get("pairs")):
+        raise NoText("no questions")
+    turns = [
+        {"from": who, "value": pair[part]} for pair in pairs for who, part in (("human", "question"), ("gpt", "answer"))
+    ]
+    turns[0] = {"from": "human", "value": f"{MARKER}\n" * _images(sample) + turns[0]["value"]}
+    return Sample(sample.key, {**sample.meta, "conversations": turns}, sample.images)
+
+
 def _pairs(sample: Sample) -> list[int]:
     from vlmflow.training.preference import pairs_in
 
@@ -156,7 +176,8 @@ _CAPTION = Kind(lambda sample: [_images(sample)], _caption)
 KINDS: dict[str, Kind] = {
     "alt": _CAPTION,
     **dict.fromkeys(LAYER_TEXTS, _CAPTION),
-    "conversations": Kind(_rounds, _conversation),
+    "docqa": Kind(_rounds, _conversation, turns=True, of=_asked),
+    "conversations": Kind(_rounds, _conversation, turns=True),
     "preferences": Kind(_pairs, _pair, parts=2, joined=False),
 }
 
@@ -173,7 +194,8 @@ def render(sample: Sample, row: Row | None, wording: Wording, first: int = -1, l
         Unusable: alt text was asked for and there is none.
         DataError: from rendering: an empty answer, or image markers that do not match the images.
     """
-    return KINDS[wording.text].render(sample, row, wording, first, last)
+    kind = KINDS[wording.text]
+    return kind.render(kind.of(sample, row), row, wording, first, last)
 
 
 class Encoder:
@@ -200,8 +222,8 @@ class Encoder:
             rendered = render(sample, row, wording, item.first, item.last)
         except Unusable as problem:
             raise DataError(f"sample {sample.key}: {problem}, but the plan shows it; run the stage again") from problem
-        about = sample.meta.get("images", [])
-        shown = KINDS[wording.text].units(sample)[item.last] if item.first >= 0 else len(about)
+        about, kind = sample.meta.get("images", []), KINDS[wording.text]
+        shown = kind.units(kind.of(sample, row))[item.last] if item.first >= 0 else len(about)
         tiling = {"tile": self.side, "max_tiles": item.max_tiles}
         tiles = [self.family.tiles_for(i["width"], i["height"], tiling) for i in about[:shown]]
         parts = []

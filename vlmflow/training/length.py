@@ -132,6 +132,7 @@ def measure(sample: Sample, row: Row | None, wording: Wording, reading: Reading)
         NoText, Unusable, DataError: why it cannot be trained on.
     """
     kind, about = KINDS[wording.text], sample.meta.get("images", [])
+    sample = kind.of(sample, row)
     sizes = [(int(i.get("width") or 0), int(i.get("height") or 0)) for i in about]
     if bad := [n for n, size in enumerate(sizes) if min(size) < 1]:
         raise Unusable(f"image {bad[0]} has no recorded width and height")
@@ -160,7 +161,7 @@ def _borders(sample: Sample, ids: np.ndarray, wording: Wording, reading: Reading
     from vlmflow.models.chat import START, Segment, render_user_turn, rounds
     from vlmflow.models.family import special_id
 
-    borders = rounds(sample.meta["conversations"]) if wording.text == "conversations" else [(0, 0)]
+    borders = rounds(sample.meta["conversations"]) if KINDS[wording.text].turns else [(0, 0)]
     if len(borders) == 1:
         return [0], [len(ids)]
     turns = sample.meta["conversations"]

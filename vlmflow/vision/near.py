@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 
@@ -135,9 +135,10 @@ def _plan(distance: int) -> list[tuple[tuple[tuple[int, int], ...], int]]:
         raise ValueError(f"distance {distance}: hashes are compared within 0 to 16 bits")
     if distance <= _DEEPEST:
         edges = [BITS * i // (distance + 2) for i in range(distance + 3)]
-        bands = [(start, min(end - start, 10)) for start, end in zip(edges, edges[1:], strict=False)]
+        bands = [(start, min(end - start, 10)) for start, end in pairwise(edges)]
         return [(pair, 0) for pair in combinations(bands, 2)]
-    plan, spare = [], distance + 1
+    plan: list[tuple[tuple[tuple[int, int], ...], int]] = []
+    spare = distance + 1
     for left in (4, 3, 2, 1):
         share = -(-spare // left)
         plan.append((((16 * (4 - left), 16),), share - 1))
