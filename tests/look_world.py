@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from PIL import Image, ImageDraw
 
 from vlmflow import storage
-from vlmflow.curation.pull_shard import failures_parquet, _sidecar
+from vlmflow.curation.pull_shard import _sidecar, failures_parquet
 from vlmflow.dataset.layer import seal_layer
 from vlmflow.dataset.manifest import LayerPart, LayerRef, Lineage, Manifest, ShardRef, save
 from vlmflow.dataset.sample import Sample

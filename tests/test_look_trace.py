@@ -8,7 +8,7 @@ import look_world
 import pytest
 
 from vlmflow import cli, storage
-from vlmflow.curation.pull_shard import _failures_parquet, _sidecar
+from vlmflow.curation.pull_shard import _sidecar, failures_parquet
 from vlmflow.dataset.manifest import save
 from vlmflow.dataset.shard import ShardReader
 from vlmflow.errors import DataError
@@ -70,7 +70,7 @@ def test_a_row_of_a_shard_in_which_every_row_failed_is_found_beside_the_others(t
         "detail": "10 s",
     }
     lost = manifest.shards[0].uri.replace("-00000.tar", "-00005.tar")
-    storage.write_bytes(_sidecar(lost), _failures_parquet([row], {}))
+    storage.write_bytes(_sidecar(lost), failures_parquet([row], {}))
     assert trace.trace(manifest, "web-00000043", tmp_path)["reason"] == "timeout"
     with pytest.raises(DataError, match="no failed row 'web-00000044'"):
         trace.trace(manifest, "web-00000044", tmp_path)

@@ -108,8 +108,7 @@ class S3Store:
 
     def stamp(self, uri: str) -> str:
         bucket, key = self._split(uri)
-        with self._translated(uri):
-            about = self.client.stat_object(bucket, key)
+        about = self._patiently(uri, lambda: self.client.stat_object(bucket, key))
         return f"{about.size}-{about.etag}-{about.last_modified.isoformat() if about.last_modified else ''}"
 
     def read(self, uri: str, offset: int, length: int | None) -> bytes:

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+
 from curation_parts.perplexity_world import Work, load
 
 Found = list[tuple[float, int]]

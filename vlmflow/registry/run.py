@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 
 import vlmflow
 from vlmflow.digest import digest
-from vlmflow.registry import dossier, gates, tracking
+from vlmflow.registry import contaminated, dossier, gates, tracking
 from vlmflow.registry.rows import UNTRAINED, ScoreRow, chosen_row, final_row, score_rows
 
 if TYPE_CHECKING:
@@ -98,6 +98,7 @@ def run(
         gates=spec.gates,
         data=known,
         recipe_digest=recipe_digest,
+        contamination=contaminated.measured(ctx.recipe, datasets, ctx.scratch),
     )
     tags = _tags(ctx, model, soup, datasets, recipe_digest, key)
     tags.update(result.tag for result in results)
