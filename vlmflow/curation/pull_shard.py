@@ -25,7 +25,7 @@ from vlmflow import storage
 from vlmflow.curation.accept import Rejected, accept
 from vlmflow.curation.fetch import Fetched, Use, is_transient
 from vlmflow.curation.judges import Judges
-from vlmflow.curation.spool import Spool, Spooled, discard
+from vlmflow.curation.spool import Images, Spool, Spooled, discard
 from vlmflow.curation.table import Row
 from vlmflow.dataset.manifest import ShardRef
 from vlmflow.dataset.sample import Sample

@@ -42,7 +42,6 @@ def resized(image: Image.Image, size: tuple[int, int], spec: ResizeSpec) -> byte
 
     Raises: what Pillow raises on damaged input.
     """
-    from PIL import Image
 
     turn = _turn(image)
     raw = size[::-1] if turn in _swapping() else size
