@@ -169,9 +169,8 @@ def png(data: bytes) -> bool:
             header = bytes(body)
             if len(header) != 13 or not inflate.start(*struct.unpack(">IIBBBBB", header)):
                 return False
-        elif name == b"IDAT":
-            if not header or (header[9] == 3 and not palette) or not inflate.add(body):
-                return False
+        elif name == b"IDAT" and (not header or (header[9] == 3 and not palette) or not inflate.add(body)):
+            return False
         palette |= name == b"PLTE" and 0 < length <= 768 and not length % 3
         ended = name == b"IEND"
     return inflate.whole()
