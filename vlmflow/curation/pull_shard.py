@@ -29,7 +29,7 @@ from vlmflow.curation.spool import Images, Spool, Spooled, discard
 from vlmflow.curation.table import Row
 from vlmflow.dataset.manifest import ShardRef
 from vlmflow.dataset.sample import Sample
-from vlmflow.dataset.shard import INDEX_SUFFIX, ShardReader, describe_shard, write_shard
+from vlmflow.dataset.shard import INDEX_SUFFIX, ShardReader, write_tar
 from vlmflow.digest import sha256_bytes
 from vlmflow.errors import DataError, NotFound
 
@@ -218,7 +218,7 @@ class ShardPuller:
             {**i.about, "url": url} if len(images) > 1 else i.about for i, url in zip(images, urls, strict=True)
         ]
         meta = meta_of(row, row.id or key, urls[0] if urls else None, self.source, self.licence, described)
-        return Sample(key, meta, tuple(spool.read(image) for image in images))
+        return Sample(key, meta, Images(spool, images))  # type: ignore[arg-type]
 
     def _write(self, plan: Plan, uri: str, spool: Spool, verdicts: dict[str, Verdict], doubted: bool) -> Result:
         """The tar, its index and its failures, from the spool; landed unless held."""
@@ -239,7 +239,8 @@ class ShardPuller:
                 yield self._sample(plan.key(row.index), row, images, spool)
 
         tar = spool.folder / f"{plan.name}.tar"
-        ref = describe_shard(tar, uri, write_shard(tar, samples()), plan.source)
+        written = write_tar(tar, samples())
+        ref = ShardRef(uri=uri, source=plan.source, **written._asdict())
         about = {"rows": len(plan.rows), "converted": dict(converted), "ref": ref.model_dump(exclude={"uri"})}
         sidecar = spool.folder / "failures.parquet"
         sidecar.write_bytes(failures_parquet(failures, about))
