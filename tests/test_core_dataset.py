@@ -140,3 +140,17 @@ def test_a_skipped_sample_is_an_error(ctx, dataset):
         layers.add_layer(
             ctx, dataset, "x", params={}, version=1, schema={}, compute=lambda r, u: [{"key": r.keys()[0]}]
         )
+
+
+@pytest.mark.parametrize(
+    "name", ["a.json", "web-00000012.0.jpg", "x" * 99, "x" * 100, "y" * 120 + "/" + "x" * 50, "ä.json"]
+)
+@pytest.mark.parametrize("size", [0, 1, 511, 512, 8**11 - 1])
+def test_tar_headers_are_those_of_the_standard_library(name, size):
+    import tarfile
+
+    from vlmflow.dataset.shard import _header
+
+    entry = tarfile.TarInfo(name)
+    entry.size = size
+    assert _header(name, size) == entry.tobuf(tarfile.USTAR_FORMAT)

@@ -20,7 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.decode_memory import DECODING, decode_bytes
-from vlmflow.curation.proof import jpeg, png
+from vlmflow.curation.proof import jpeg, plain_jpeg, png
 from vlmflow.curation.resize import resized, target
 from vlmflow.digest import sha256_bytes
 from vlmflow.vision.rgb import to_rgb
@@ -43,6 +43,7 @@ _MAGIC = [
 _STRUCTURE: dict[str, Callable[[bytes], bool]] = {"JPEG": jpeg, "PNG": png}
 _ORIENTATION = 0x0112  # EXIF tag
 _LARGE = 4_000_000  # pixels from which it matters that a JPEG's structure says how much memory a decode takes
+_PNG_TURNS = (b"eXIf", b"Raw profile type", b"tiff:Orientation")  # Pillow decodes a whole PNG to look for them
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 _SCRIPT = re.compile(rb"<(?:!doctype html|html|script|\?php)", re.IGNORECASE)
 _SCRIPT_EDGE = 64 << 10  # bytes at the beginning, and a sixteenth of it at the end, in which scripts are looked for
@@ -109,6 +110,10 @@ def accept(data: bytes, max_pixels: int, resize: ResizeSpec | None = None, proof
         raise Rejected("not_an_image", f"the first bytes announce {looks}, not JPEG, PNG, WebP, GIF, BMP or TIFF")
     if other := _other_file(data):
         raise Rejected("polyglot", f"a {kind} that is {other} too")
+    if kind == "JPEG" and proof == "structure" and resize is None:
+        plain = plain_jpeg(data)
+        if plain and not plain[2] and plain[0] * plain[1] <= max_pixels:  # most pictures end here, without Pillow
+            return Accepted(data, "jpg", *plain[:2])
     _quiet()
     formats = ["JPEG", "MPO"] if kind == "JPEG" else [kind]
     try:
@@ -120,7 +125,7 @@ def accept(data: bytes, max_pixels: int, resize: ResizeSpec | None = None, proof
                 )
             looked_at = kind == "PNG" or proof == "structure" or width * height > _LARGE
             whole = looked_at and kind in _STRUCTURE and _STRUCTURE[kind](data)
-            if whole and not resize and _upright(kind, data) and (kind == "PNG" or proof == "structure"):
+            if whole and not resize and kind == "PNG" and not any(mark in data for mark in _PNG_TURNS):
                 return Accepted(data, KEPT[kind], width, height)
             need = decode_bytes(image, kind, resize, whole)
             if need > DECODING.total:
@@ -157,12 +162,6 @@ def _decoded(image: Any, kind: str, data: bytes, resize: ResizeSpec | None, prov
             image.draft(image.mode, (max(1, image.width // 8), max(1, image.height // 8)))
         image.load()
     return Accepted(data, KEPT[kind], width, height)
-
-
-def _upright(kind: str, data: bytes) -> bool:
-    """Whether no orientation is written anywhere, without asking Pillow, which decodes a whole PNG to look for one."""
-    marks = (b"Exif\0\0",) if kind == "JPEG" else (b"eXIf", b"Raw profile type", b"tiff:Orientation")
-    return not any(mark in data for mark in marks)
 
 
 @cache

@@ -11,13 +11,14 @@ Bodies that are not small wait on disk, so memory does not grow with what server
 from __future__ import annotations
 
 import asyncio
+import io
 import time
 import zlib
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import SpooledTemporaryFile
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from vlmflow import __version__
 from vlmflow.curation.connect import connector
@@ -35,9 +36,10 @@ TRANSIENT = frozenset(
 )
 SLOW_GRACE = 5.0  # seconds of a body before its rate is judged
 IN_MEMORY = 16 << 20  # bytes of bodies in memory over all open requests; the rest of each waits on disk
+TICK = 0.2  # seconds between looks at the clocks
 STEP = 64 << 10  # bytes of a compressed body that are unpacked at a time
 
-Use = Callable[["SpooledTemporaryFile[bytes]"], Awaitable[Any]]
+Use = Callable[[IO[bytes]], Awaitable[Any]]
 
 
 def is_transient(reason: str) -> bool:
@@ -76,7 +78,7 @@ class Fetched:
     """What became of one URL: its body (`file`; `used` if a function took it), or `reason` (a code) and `detail` (for people)."""
 
     url: str
-    file: SpooledTemporaryFile[bytes] | None = None
+    file: IO[bytes] | None = None
     reason: str | None = None
     detail: str = ""
     used: Any = None
@@ -117,6 +119,8 @@ class Fetcher:
         limits = self.limits
         self.bytes = 0  # of bodies, so far
         self._folder = str(self.folder) if self.folder else None
+        self._clocks: set[_Clock] = set()
+        self._watchman = asyncio.create_task(self._watch())
         self._hosts = Hosts(limits.per_host, limits.dead_after)
         self._slots = Slots(limits.concurrency)
         self._robots = Robots(self._plain, limits.agent) if limits.robots_txt else None
@@ -128,11 +132,12 @@ class Fetcher:
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
-            read_bufsize=min(STEP, self._held),
+            read_bufsize=self._held,
         )
         return self
 
     async def __aexit__(self, *exc: object) -> None:
+        self._watchman.cancel()
         await self._session.close()
 
     def dead_hosts(self) -> list[str]:
@@ -196,16 +201,27 @@ class Fetcher:
         except _Failure as error:
             return error.reason, b""
 
-    async def _attempt(self, url: Any, seconds: float, robots: bool = True) -> SpooledTemporaryFile[bytes]:
+    async def _attempt(self, url: Any, seconds: float, robots: bool = True) -> IO[bytes]:
         """One attempt within `seconds`. Raises _Failure."""
         clock = _Clock(self.limits, seconds)
+        self._clocks.add(clock)
         try:
-            async with clock.timer:
-                return await self._follow(url, clock, robots)
-        except TimeoutError as error:
-            raise _Failure(*clock.verdict) from error
+            return await self._follow(url, clock, robots)
+        except asyncio.CancelledError:
+            if (failure := clock.passed()) is not None:
+                raise failure from None
+            raise
+        finally:
+            self._clocks.discard(clock)
 
-    async def _follow(self, url: Any, clock: _Clock, robots: bool) -> SpooledTemporaryFile[bytes]:
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(TICK)
+            now = time.monotonic()
+            for clock in list(self._clocks):
+                clock.look(now)
+
+    async def _follow(self, url: Any, clock: _Clock, robots: bool) -> IO[bytes]:
         """Follow redirects by hand so that the guards see every hop."""
         import aiohttp
 
@@ -243,8 +259,6 @@ class Fetcher:
             except aiohttp.ClientResponseError as error:
                 raise _Failure("bad_response", f"not HTTP as the standard has it ({error.message[:100]})") from error
             except (aiohttp.ClientError, OSError) as error:
-                if isinstance(error, TimeoutError):
-                    raise
                 raise _Failure("disconnected", place(url), 0.0) from error
         raise _Failure("too_many_redirects", f"more than {self.limits.redirects}")
 
@@ -272,7 +286,7 @@ class Fetcher:
         if verdict is not None:
             raise _Failure(*verdict)
 
-    async def _body(self, response: Any, clock: _Clock) -> SpooledTemporaryFile[bytes]:
+    async def _body(self, response: Any, clock: _Clock) -> IO[bytes]:
         limits, status = self.limits, response.status
         if status != 200:
             wait = retry_after(response.headers.get("Retry-After")) if status in RETRIED_STATUS else None
@@ -288,7 +302,7 @@ class Fetcher:
             raise _Failure("bad_encoding", f"Content-Encoding {encoding} was not asked for")
         packed = encoding not in ("", "identity")
         unzip = zlib.decompressobj(47 if "gzip" in encoding else 15) if packed else None
-        body, size = SpooledTemporaryFile(self._held, dir=self._folder), 0  # noqa: SIM115
+        pieces, size, file = [], 0, None
         try:
             clock.body()
             async for chunk in response.content.iter_any():
@@ -296,48 +310,65 @@ class Fetcher:
                     size += len(piece)
                     if size > limits.max_bytes:
                         raise too_large
-                    body.write(piece)
-                clock.received(size)
+                    if file is not None:
+                        file.write(piece)
+                    else:
+                        pieces.append(piece)
+                        if size > self._held:
+                            file = TemporaryFile(dir=self._folder)  # noqa: SIM115
+                            file.writelines(pieces)
+                            pieces.clear()
+                clock.size = size
             if not size:
                 raise _Failure("empty", "the body has 0 bytes")
         except BaseException:
-            body.close()
+            if file is not None:
+                file.close()
             raise
         self.bytes += size
-        return body
+        return file or io.BytesIO(b"".join(pieces))
 
 
 class _Clock:
-    """The time limits of one attempt, and which of them ended it."""
+    """The time limits of one attempt, and which of them ended it. The fetcher's watchman looks at all clocks every TICK:
+    one timer for everybody, as most attempts last a few milliseconds."""
 
     def __init__(self, limits: Limits, seconds: float) -> None:
-        self._limits, self._now = limits, asyncio.get_running_loop().time
-        self._deadline = self._now() + max(seconds, 0.001)
-        self._start = 0.0
-        self.timer = asyncio.timeout_at(self._deadline)
-        self.verdict = self._whole = ("timeout", f"not finished within {limits.timeout:g} s")
-
-    def _until(self, when: float, verdict: tuple[str, str]) -> None:
-        self.verdict = verdict if when < self._deadline else self._whole
-        self.timer.reschedule(min(when, self._deadline))
+        self._limits = limits
+        self._task = asyncio.current_task()
+        self._end = self._limit = time.monotonic() + max(seconds, 0.001)
+        self._start = 0.0  # of the body
+        self.size = 0  # bytes of the body so far
+        self.verdict: tuple[str, str] | None = None
 
     def asked(self) -> None:
         """A request is sent."""
-        seconds = self._limits.first_byte_timeout
-        self._until(self._now() + seconds, ("first_byte_timeout", f"no answer within {seconds:g} s"))
+        self._start = 0.0
+        self._limit = time.monotonic() + self._limits.first_byte_timeout
 
     def body(self) -> None:
         """The head of the answer is here."""
-        self._start = self._now()
-        self.received(0)
+        self._start = time.monotonic()
 
-    def received(self, size: int) -> None:
-        """So many bytes of the body are here."""
-        rate = self._limits.min_rate
-        if size and self.verdict is self._whole:  # enough came to last until the deadline
+    def look(self, now: float) -> None:
+        """End the attempt if a limit is passed."""
+        limits, rate = self._limits, self._limits.min_rate
+        if self.verdict is not None:
             return
-        allowed = max(SLOW_GRACE, size / rate) if rate else self._limits.timeout
-        self._until(self._start + allowed, ("too_slow", f"below {rate} bytes per second after {SLOW_GRACE:g} s"))
+        if now >= self._end:
+            self.verdict = ("timeout", f"not finished within {limits.timeout:g} s")
+        elif not self._start and now >= self._limit:
+            self.verdict = ("first_byte_timeout", f"no answer within {limits.first_byte_timeout:g} s")
+        elif self._start and rate and now >= self._start + max(SLOW_GRACE, self.size / rate):
+            self.verdict = ("too_slow", f"below {rate} bytes per second after {SLOW_GRACE:g} s")
+        if self.verdict is not None and self._task is not None:
+            self._task.cancel()
+
+    def passed(self) -> _Failure | None:
+        """The failure behind a cancellation, if it was ours."""
+        if self.verdict is None or self._task is None or self._task.uncancel() > 0:
+            return None
+        return _Failure(*self.verdict)
 
 
 def _unpacked(unzip: Any, chunk: bytes, encoding: str) -> Iterator[bytes]:

@@ -11,6 +11,7 @@ import ipaddress
 import re
 import socket
 from collections.abc import Iterable
+from functools import lru_cache
 
 # Wrappers of an IPv4 address inside an IPv6 one besides the mapped form, which `ipaddress` unwraps itself.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
@@ -30,6 +31,7 @@ class ForbiddenAddress(OSError):
         self.host, self.address = host, address
 
 
+@lru_cache(4096)
 def is_public(address: str) -> bool:
     """Whether an IP address (text, no brackets) may be fetched from: globally routable unicast, unwrapped first.
 
@@ -49,6 +51,7 @@ def is_public(address: str) -> bool:
     return ip.is_global and not ip.is_multicast and not ip.is_reserved and not ip.is_unspecified
 
 
+@lru_cache(4096)
 def literal_address(host: str) -> str | None:
     """The address that `host` spells out itself (`10.0.0.1`, `[::1]`), or None for a name that needs DNS.
 

@@ -24,10 +24,17 @@ _DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 
 
 def jpeg(data: bytes) -> bool:
     """Whether the structure shows that libjpeg reads this JPEG from header to end mark; False = the decoder must tell."""
+    return plain_jpeg(data) is not None
+
+
+def plain_jpeg(data: bytes) -> tuple[int, int, bool] | None:
+    """Width, height, and whether notes of cameras and editors (EXIF, several pictures in one file) are in it, of a JPEG that
+    is whole by its structure; None = the decoder must tell."""
+    seen = _Jpeg()
     try:
-        return _Jpeg().walk(data)
+        return (*seen.size, seen.noted) if seen.walk(data) else None
     except (IndexError, struct.error):
-        return False
+        return None
 
 
 class _Jpeg:
@@ -37,6 +44,8 @@ class _Jpeg:
         self.quantizers: set[int] = set()
         self.huffman: set[int] = set()  # table class * 16 + number
         self.parts: dict[int, tuple[int, int, int]] = {}  # component: sampling across, down, quantizer
+        self.size = (0, 0)
+        self.noted = False
         self.progressive = False
         self.restarts = 0
         self.scanned: set[int] = set()
@@ -61,7 +70,9 @@ class _Jpeg:
                 if end is None or end.start() == place:
                     return False
                 place = end.start()
-            elif not (0xE0 <= marker <= 0xEF or marker == 0xFE or self.table(marker, body)):
+            elif 0xE0 <= marker <= 0xEF:
+                self.noted |= marker not in (0xE0, 0xE2, 0xEE) or body[:4] == b"MPF\0"
+            elif marker != 0xFE and not self.table(marker, body):
                 return False
 
     def table(self, marker: int, body: bytes) -> bool:
@@ -85,6 +96,7 @@ class _Jpeg:
             return False
         for at in range(6, len(body), 3):
             self.parts[body[at]] = (body[at + 1] >> 4, body[at + 1] & 15, body[at + 2])
+        self.size = (width, height)
         across, down = (max(part[i] for part in self.parts.values()) for i in (0, 1))
         self.progressive = marker == 0xC2
         return len(self.parts) == count and all(
@@ -169,9 +181,8 @@ def png(data: bytes) -> bool:
             header = bytes(body)
             if len(header) != 13 or not inflate.start(*struct.unpack(">IIBBBBB", header)):
                 return False
-        elif name == b"IDAT":
-            if not header or (header[9] == 3 and not palette) or not inflate.add(body):
-                return False
+        elif name == b"IDAT" and (not header or (header[9] == 3 and not palette) or not inflate.add(body)):
+            return False
         palette |= name == b"PLTE" and 0 < length <= 768 and not length % 3
         ended = name == b"IEND"
     return inflate.whole()

@@ -170,7 +170,7 @@ class _Pulling:
         self.results: list[Result] = []
         self.duplicates = 0  # rows that repeat an earlier one of their source
         self._pullers: list[ShardPuller] = []
-        self._started = time.monotonic()
+        self._started, self._noted = time.monotonic(), 0
 
     def all(self, spans: list[tuple[Source, int, int]], final: bool) -> None:
         """Pull shards `first` to `last` of each source. `final`: the verdict over the dataset falls here."""
@@ -266,9 +266,11 @@ class _Pulling:
 
     def _advance(self, fetcher: Fetcher | Bucket | Cells) -> Any:
         def advance(rows: int) -> None:
-            seconds = max(time.monotonic() - self._started, 1e-3)
-            done = self.progress.done + rows
-            self.progress.note(f"{done / seconds:.0f} rows/s, {fetcher.bytes / 2**20 / seconds:.1f} MiB/s")
+            if rows + self.progress.done >= self._noted:
+                seconds = max(time.monotonic() - self._started, 1e-3)
+                done = self.progress.done + rows
+                self.progress.note(f"{done / seconds:.0f} rows/s, {fetcher.bytes / 2**20 / seconds:.1f} MiB/s")
+                self._noted = done + 32
             self.progress.advance(rows)
 
         return advance

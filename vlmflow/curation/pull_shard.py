@@ -29,7 +29,7 @@ from vlmflow.curation.spool import Images, Spool, Spooled, discard
 from vlmflow.curation.table import Row
 from vlmflow.dataset.manifest import ShardRef
 from vlmflow.dataset.sample import Sample
-from vlmflow.dataset.shard import INDEX_SUFFIX, ShardReader, describe_shard, write_shard
+from vlmflow.dataset.shard import INDEX_SUFFIX, ShardReader, write_tar
 from vlmflow.digest import sha256_bytes
 from vlmflow.errors import DataError, NotFound
 
@@ -239,7 +239,8 @@ class ShardPuller:
                 yield self._sample(plan.key(row.index), row, images, spool)
 
         tar = spool.folder / f"{plan.name}.tar"
-        ref = describe_shard(tar, uri, write_shard(tar, samples()), plan.source)
+        written = write_tar(tar, samples())
+        ref = ShardRef(uri=uri, source=plan.source, **written._asdict())
         about = {"rows": len(plan.rows), "converted": dict(converted), "ref": ref.model_dump(exclude={"uri"})}
         sidecar = spool.folder / "failures.parquet"
         sidecar.write_bytes(failures_parquet(failures, about))
