@@ -26,6 +26,7 @@ from vlmflow.ports import used
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
     from vlmflow.recipe import Recipe
+    from vlmflow.recipe.curation import OcrSpec
     from vlmflow.step import Context
 
 TIMEOUT = 10.0  # seconds for one probe over HTTP
@@ -190,15 +191,20 @@ def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, cand
         for name, spec in recipe.data.items()
         if needs.tables and name not in given and used(recipe, name, stage, candidate)
     }
-    benchmarks = recipe.evaluation.benchmarks if needs.benchmarks else {}
+    compared = needs.curation and recipe.curation.dataset and recipe.curation.contamination
+    benchmarks = recipe.evaluation.benchmarks if needs.benchmarks or compared else {}
     for dataset, spec in data.items():
         for name, source in spec.sources.items():
-            field = f"data.{dataset}.sources.{name}"
-            if _size(f"{field}.table", source.table or "", allow) > OPENED_BYTES:
-                large.append(source.table or "")
+            field, table = f"data.{dataset}.sources.{name}", source.table or ""
+            if source.shards:
+                _tars(f"{field}.shards", source.shards)
+                continue
+            # a folder of Parquet files is read by ranges: its columns cost a footer, however large it is
+            if not table.endswith("/") and _size(f"{field}.table", table, allow) > OPENED_BYTES:
+                large.append(table)
                 continue
             with _named(f"{field}.table"):
-                path = localize(source.table or "", ctx.scratch, allow)
+                path = localize(table, ctx.scratch, allow)
             check_columns(path, columns_of(source), field)
     for name, benchmark in benchmarks.items():
         field = f"evaluation.benchmarks.{name}.table"
@@ -212,6 +218,17 @@ def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, cand
     if large:
         found += f"; not opened, above {OPENED_BYTES // 2**20} MiB: {', '.join(large)}"
     return [("tables of the recipe exist, with their columns and, of benchmarks, their rows", found)]
+
+
+def _tars(field: str, uris: list[str]) -> None:
+    """Existing tars: the first and the last of each range, so that a wrong folder or number ends the run at once."""
+    from vlmflow.curation.adopt import expand
+
+    for uri in dict.fromkeys(each for one in uris for tars in [expand([one], field)] for each in (tars[0], tars[-1])):
+        try:
+            storage.size(uri)
+        except NotFound as error:
+            raise DataError(f"{field}: there is no tar at {uri}. Correct the recipe or put it there.") from error
 
 
 @contextmanager
@@ -276,7 +293,18 @@ def _services(ctx: Context) -> list[tuple[str, str]]:
             )
         _alive(web.without_credentials(url), f"{field}: the server that {variable} names")
         rows.append((f"endpoint of {field} answers", variable))  # its address may hold a key
-    return rows
+    return [*rows, *(_ocr(ctx.recipe.curation.ocr) if ctx.recipe.curation.dataset else [])]
+
+
+def _ocr(spec: OcrSpec) -> list[tuple[str, str]]:
+    """The OCR engine and where it runs. On a cluster the ocr step has an image and a node of its own: nothing to see here."""
+    if not os.environ.get("VLMFLOW_PROGRESS"):
+        return []
+    from vlmflow.curation.ocr_engine import choose_provider, engine_name, model_files
+
+    name = engine_name(spec.engine)
+    model_files()
+    return [("OCR engine and its models", f"{name} on {choose_provider(spec.provider)}")]
 
 
 def _training(ctx: Context) -> list[tuple[str, str]]:
