@@ -18,9 +18,9 @@ from aiohttp import web
 from curation_world import Server, chat, context, dataset, impatient, png, sample, serving
 
 from vlmflow import storage
-from vlmflow.curation import ask, caption
+from vlmflow.curation import ask, asked_layer, caption
 from vlmflow.curation.ask import Asker
-from vlmflow.curation.openai_client import ChatRequest, Endpoint
+from vlmflow.curation.chat_format import ChatRequest, Endpoint
 from vlmflow.errors import DataError, ServiceError
 
 CAPTION = {"engine": "openai", "model_name": "m", "endpoint_env": "ASK_URL", "key_env": "ASK_KEY", "concurrency": 2}
@@ -214,7 +214,7 @@ def test_a_journal_left_between_part_and_deletion_is_removed_by_the_next_run(tmp
     data = dataset(tmp_path / "d", captioned(4))
     with serving(lambda body, n: chat("a red square")) as (server, url):
         monkeypatch.setenv("ASK_URL", url)
-        monkeypatch.setattr(ask, "sweep", lambda *a: 0)
+        monkeypatch.setattr(asked_layer, "sweep", lambda *a: 0)
         monkeypatch.setattr(ask.Journal, "close", lambda self, done=True: None)
         first = caption.run(context(tmp_path, caption=CAPTION), data)
         assert list((tmp_path / "scratch").rglob("*.jsonl"))

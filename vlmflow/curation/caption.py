@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from vlmflow.curation.ask import Script, add_asked_layer, answered, endpoint
+from vlmflow.curation.ask import Script, answered
+from vlmflow.curation.asked_layer import add_asked_layer, endpoint
+from vlmflow.curation.chat_format import ChatRequest
 from vlmflow.curation.checks import is_refusal
 from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures, scorer
-from vlmflow.curation.openai_client import ChatRequest
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError, RecipeError
 from vlmflow.models import store
