@@ -210,6 +210,25 @@ def test_summary_has_tokens_and_cost(tmp_path, monkeypatch):
     )
 
 
+def test_groups_of_shards_give_the_layer_of_the_whole(tmp_path, monkeypatch):
+    data = dataset(
+        tmp_path / "d", [sample(f"k{i:02d}", None, png(i % 5)) for i in range(24)]
+    )  # five pictures, many times
+    with serving(lambda body, n: chat("a red square")) as (server, url):
+        monkeypatch.setenv("ASK_URL", url)
+        whole = caption.run(context(tmp_path, caption=CAPTION), data)
+        assert len(server.bodies) == 5
+        shutil.rmtree(tmp_path / "root")
+        for number, group in enumerate((data.shards[3:], data.shards[:1], data.shards[1:3])):
+            pod = context(tmp_path, caption=CAPTION)
+            pod.scratch, pod.parts_only = tmp_path / f"pod-{number}", True
+            caption.run(pod, data.model_copy(update={"shards": group}))
+        assert 5 < len(server.bodies) <= 5 + 15
+        monkeypatch.delenv("ASK_URL")
+        assert caption.run(context(tmp_path, caption=CAPTION), data).digest == whole.digest
+    assert whole.layers["synthetic"].summary["requests"] == 24  # counted by shard, whatever others asked
+
+
 def test_a_journal_left_between_part_and_deletion_is_removed_by_the_next_run(tmp_path, monkeypatch):
     data = dataset(tmp_path / "d", captioned(4))
     with serving(lambda body, n: chat("a red square")) as (server, url):
