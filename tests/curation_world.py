@@ -141,7 +141,7 @@ def serving(reply):
 
 def impatient(monkeypatch, **settings) -> None:
     """Endpoints of recipes give up soon and pause for a millisecond."""
-    from vlmflow.curation import ask
-    from vlmflow.curation.openai_client import Endpoint
+    from vlmflow.curation import asked_layer
+    from vlmflow.curation.chat_format import Endpoint
 
-    monkeypatch.setattr(ask, "Endpoint", lambda **given: Endpoint(**given | {"backoff": 0.001} | settings))
+    monkeypatch.setattr(asked_layer, "Endpoint", lambda **given: Endpoint(**given | {"backoff": 0.001} | settings))

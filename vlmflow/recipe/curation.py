@@ -21,6 +21,11 @@ class EndpointFields(Section):
 
     model_name: str | None = Field(None, description="model asked of the endpoint; required when one is asked")
     concurrency: int = Field(64, ge=1, le=4096, description="open requests")
+    timeout: float = Field(
+        300.0,
+        gt=0,
+        description="seconds after which an answer is given up and asked for again, the server's queue included",
+    )
     price_in: float | None = Field(
         None, ge=0, description="price of a million prompt tokens, for the cost in the summary"
     )
