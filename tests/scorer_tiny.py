@@ -48,7 +48,10 @@ def qwen2_vl(folder: Path) -> Path:
     ids = {f"{name}_token_id": tokens.convert_tokens_to_ids(f"<|{word}|>") for name, word in
            (("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end"))}  # fmt: skip
     config = Qwen2VLConfig(
-        text_config={**TEXT, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4}},
+        text_config={
+            **TEXT,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2], "rope_theta": 1e4},
+        },
         vision_config={"depth": 2, "embed_dim": 32, "hidden_size": 48, "num_heads": 2, "mlp_ratio": 2, "patch_size": 8},
         **ids,
     )
@@ -65,7 +68,10 @@ def internvl(folder: Path) -> Path:
              "video_token": "<video>"}  # fmt: skip
     tokens = _tokenizer(list(names.values()))
     tokens = PreTrainedTokenizerFast(
-        tokenizer_object=tokens.backend_tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=names
+        tokenizer_object=tokens.backend_tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        extra_special_tokens=names,
     )
     tokens.chat_template = CHATML.replace("IMAGE", "<IMG_CONTEXT>\n")
     config = InternVLConfig(
@@ -74,7 +80,9 @@ def internvl(folder: Path) -> Path:
         text_config={"model_type": "qwen2", **TEXT},
         image_token_id=tokens.convert_tokens_to_ids("<IMG_CONTEXT>"), image_seq_length=4, downsample_ratio=0.5,
     )  # fmt: skip
-    pictures = GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=3)
+    pictures = GotOcr2ImageProcessorPil(
+        size={"height": 32, "width": 32}, crop_to_patches=True, min_patches=1, max_patches=3
+    )
     return _save(folder, InternVLForConditionalGeneration, config, tokens, pictures, {"image_seq_length": 4})
 
 

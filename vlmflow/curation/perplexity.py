@@ -91,9 +91,10 @@ def _prepared(model: Any, key: str, images: list[Any], prompt: str, text: str) -
     from vlmflow.models.inference import ScoreRequest
 
     try:
-        return _Ready(key, model.prepare(ScoreRequest(images, prompt, text), f"sample '{key}'"))
+        return _Ready(key, model.prepare(ScoreRequest(images, prompt, text), key))
     except DataError as error:
-        return _Ready(key, error=f"the model cannot take the text: {str(error).removeprefix(f'sample {key!r}: ')}")
+        reason = str(error).removeprefix(f"sample '{key}': ")  # equal reasons are counted together
+        return _Ready(key, error=f"the model cannot take the text: {reason}")
 
 
 def _rows(vlm: Callable[[], Any], window: list[_Ready], batch_tokens: int) -> Iterator[Row]:

@@ -123,11 +123,11 @@ class VLM:
 
     def prepare(self, request: Request | ScoreRequest, name: str = "") -> Encoded:
         """See `Scorer.prepare`. `name` stands for the request in messages."""
-        images, name = request.images, name or "a request"
+        images = request.images
         if isinstance(request, Request):
             return self._encode(render_prompt(request.prompt, len(images), name), images)
         if not request.target.strip():
-            raise DataError(f"{name} has an empty target; there is nothing to score")
+            raise DataError(f"sample '{name}': its text is empty; there is nothing to score")
         return self._encode(render_caption(request.target, len(images), "chat", request.prompt, name), images)
 
     def generate(

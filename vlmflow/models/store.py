@@ -162,14 +162,19 @@ def plain_folder(uri: str, scratch: str | Path | None = None) -> ModelRef:
     From a store, its files are copied into `scratch` once. Only safetensors weights are looked at.
     Raises ModelError when the folder has no config.json or no such weights.
     """
-    found = {o.uri.removeprefix(uri.rstrip("/") + "/"): o.size for o in storage.list_uris(uri.rstrip("/") + "/")}
+    local = storage.local_path(uri)
+    if local is not None:
+        found = {path.name: path.stat().st_size for path in local.iterdir() if path.is_file()} if local.is_dir() else {}
+    else:
+        above = uri.rstrip("/") + "/"
+        found = {o.uri.removeprefix(above): o.size for o in storage.list_uris(above)}
     wanted = {path: size for path, size in sorted(found.items()) if path.endswith(BEHAVIOUR) and "/" not in path}
     if "config.json" not in wanted or not any(path.endswith(".safetensors") for path in wanted):
         raise ModelError(
             f"{uri} holds {len(found)} files and is neither a model of this store ({MARKER} is missing) nor a Hugging Face folder with "
             "config.json and *.safetensors; weights in other formats can run code when they are read, so convert them first"
         )
-    if (folder := storage.local_path(uri)) is None:
+    if (folder := local) is None:
         folder = Path(scratch or storage.default_scratch()) / "models" / f"plain-{digest([uri, wanted])[:32]}"
         for path in wanted:
             if not (folder / path).exists():

@@ -64,7 +64,7 @@ def check_words(text: str, tokenizer: Any, name: str) -> None:
     """Refuse text that spells a token of the template. Raises DataError naming the request and the token."""
     for token in special_tokens(tokenizer):
         if token.strip() and token in text:
-            raise DataError(f"{name}: its text contains the special token {token}; the sample is refused")
+            raise DataError(f"sample '{name}': its text contains the special token {token}; the sample is refused")
 
 
 def answer_length(tokenizer: Any, ids: list[int], frame: Frame, target: str) -> int:

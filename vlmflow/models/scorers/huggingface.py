@@ -103,14 +103,13 @@ class HuggingFaceScorer:
 
     def prepare(self, request: Request | ScoreRequest, name: str = "") -> Prepared:
         """See `Scorer.prepare`."""
-        name = name or "a request"
         around: Frame = self._frame(request.prompt, len(request.images))
         check_words(request.prompt, self.tokenizer, name)
         if isinstance(request, Request):
             return self._process(around.prompt, request.images, name, lambda ids: 0)
         target = request.target.strip()
         if not target:
-            raise DataError(f"{name} has an empty target; there is nothing to score")
+            raise DataError(f"sample '{name}': its text is empty; there is nothing to score")
         check_words(target, self.tokenizer, name)
         text = around.before + target + around.end
         return self._process(text, request.images, name, lambda ids: answer_length(self.tokenizer, ids, around, target))
@@ -124,7 +123,9 @@ class HuggingFaceScorer:
                 out = self.processor(text=[text], return_tensors="pt", add_special_tokens=specials, **pictures)
                 count = counted(out["input_ids"][0].tolist())
         except (ValueError, IndexError, OSError) as error:
-            raise DataError(f"{name}: the scorer's processor does not take it: {type(error).__name__}: {error}") from error
+            raise DataError(
+                f"sample '{name}': the scorer's processor does not take it ({type(error).__name__}: {error})"
+            ) from error
         shape = out["input_ids"].shape
         along = {key: value[0] for key, value in out.items() if value.shape == shape}
         return Prepared(along, {key: value for key, value in out.items() if key not in along}, count)

@@ -25,7 +25,9 @@ def load_processor(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
         pictures = AutoImageProcessor.from_pretrained(str(folder), backend="pil", trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder}: no tokenizer and image processor of transformers' own can be loaded: {error}") from error
+        raise ModelError(
+            f"{folder}: no tokenizer and image processor of transformers' own can be loaded: {error}"
+        ) from error
     name = PROCESSOR_MAPPING_NAMES.get(config.model_type)
     if name is None:
         raise ModelError(
@@ -33,7 +35,9 @@ def load_processor(folder: Path) -> Any:
             "name a vision-language model that AutoProcessor knows"
         )
     if not tokenizer.is_fast:
-        raise ModelError(f"{folder}: its tokenizer has no fast version (tokenizer.json), which tells where an answer begins")
+        raise ModelError(
+            f"{folder}: its tokenizer has no fast version (tokenizer.json), which tells where an answer begins"
+        )
     kind = getattr(transformers, name)
     written, _ = kind.get_processor_dict(str(folder))
     known = inspect.signature(kind.__init__).parameters
