@@ -65,9 +65,12 @@ class FakeVLM:
     def score(self, requests, batch_tokens):
         self.calls.append(("score", len(requests), batch_tokens))
         return [
-            SimpleNamespace(nll=fake_nll(r.images[0], r.prompt, r.target), tokens=len(r.target.split()) + 1)
+            SimpleNamespace(nll=fake_nll(r.images[0], r.prompt, r.target), tokens=len(r.target.split()) + 1, error=None)
             for r in requests
         ]
+
+    def prepare(self, request, name=""):
+        return request
 
 
 def fake_nll(image, prompt: str, target: str) -> float:

@@ -269,7 +269,8 @@ class CurationSpec(Section):
     dataset: Name | None = Field(None, description="the dataset that is curated; None leaves curation out")
     scorer: str | None = Field(
         None,
-        description="URI of a model folder in the store (with its model.json) that captions and scores; None = the bootstrap model",
+        description="URI of a model folder that captions and scores: one of the store (with its model.json), or a plain Hugging "
+        "Face folder of a vision-language model (safetensors, chat template; code in it is never run). None = the bootstrap model",
     )
     ocr: OcrSpec = Field(default_factory=OcrSpec, description="text in images")
     caption: CaptionSpec = Field(default_factory=CaptionSpec, description="synthetic captions")
