@@ -259,8 +259,8 @@ def stats(folder: Path, rows: int) -> str:
 def gallery(folder: Path, rows: int) -> str:
     """Three pages: the first, the lowest perplexities among the dropped, and one far down."""
     from vlmflow.look import query
+    from vlmflow.look.gallery import Gallery
     from vlmflow.look.samples import Samples
-    from vlmflow.look.server import Gallery
     from vlmflow.look.table import open_table
 
     manifest = _load(folder, "keep")
