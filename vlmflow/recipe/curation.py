@@ -240,7 +240,9 @@ class PerplexitySpec(Section):
 class KeepSpec(Section):
     """Layer `keep`: which samples stay, exact over all shards (POINTS 3.1 keeps the lowest 20 %)."""
 
-    fraction: Share = Field(0.2, gt=0, description="share of scored samples that is kept (POINTS: 0.2)")
+    fraction: Share = Field(
+        0.2, gt=0, description="share that is kept of the scored samples which no earlier step dropped (POINTS: 0.2)"
+    )
     order: Literal["lowest", "highest", "random"] = Field(
         "lowest", description="which perplexities are kept; random = control of the same size"
     )
