@@ -42,9 +42,11 @@ def body(manifest: Manifest, row: dict[str, Any], samples: Samples) -> Safe:
             value(layer["row"] or {}),
             el(
                 "details",
-                el("summary", "parameters"),
+                el("summary", "step and parameters"),
                 value(layer["params"]),
-                facts([("digest", layer["digest"]), ("part", layer["part"])]),
+                facts(
+                    [("version of the step", layer["version"]), ("digest", layer["digest"]), ("part", layer["part"])]
+                ),
             ),
         ]
     parts.append(el("h2", "How the dataset was made"))
