@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,8 +155,12 @@ def open_table(
         say: is told what is being done and what was left out.
 
     Raises:
-        DataError: a layer's part was changed, or does not hold the samples of its shard in their order.
+        DataError: a layer's part was changed, or does not hold the samples of its shard in their order; DuckDB is missing.
     """
+    if find_spec("duckdb") is None:
+        raise DataError(
+            "looking at datasets needs DuckDB, which is not installed; install vlmflow with its extra 'data'"
+        )
     say = say or (lambda text: None)
     folder = Path(scratch) / "look"
     paths = {
@@ -229,7 +234,7 @@ def _shard_tables(manifest: Manifest, scratch: Path, samples: bool, kinds: dict[
     """One table a shard: all layers side by side. `kinds` is filled with what layers say of their columns."""
     import pyarrow as pa
 
-    reading = Samples(manifest, scratch)
+    reading = Samples(manifest, scratch, whole=True)
     start = 0
     for number, shard in enumerate(manifest.shards):
         keys: Any = None
