@@ -307,3 +307,23 @@ def test_rows_that_became_no_sample_are_listed_with_their_reasons(world):
     assert "web-00000100" in only and "web-00000101" not in only and 'class="facet on"' in only
     assert get(world.server, "/failed?host=%27%20OR%201=1")[2].decode().count("web-00000") == 0
     assert get(world.server, "/failed?colour=red")[0] == get(world.server, "/failed?page=0")[0] == 400
+
+
+def test_cards_show_the_layers_that_are_asked_for(world):
+    def first(path):
+        body = get(world.server, path)[2].decode()
+        return body[body.index("<article") : body.index("</article>")]
+
+    everything, chosen = first("/?page=2&per=1"), first("/?page=2&per=1&show=fused&show=ppl")
+    assert "alt text 1" in everything and "aspect 1.5" in everything
+    assert (
+        "a fused text 1" in chosen
+        and "<b>11</b>" in chosen
+        and "alt text 1" not in chosen
+        and "aspect 1.5" not in chosen
+    )
+    assert get(world.server, "/?show=nothing")[0] == 400
+    assert (
+        'href="?show=fused&amp;show=ppl&amp;page=3&amp;per=1"'
+        in get(world.server, "/?page=2&per=1&show=fused&show=ppl")[2].decode()
+    )

@@ -90,7 +90,7 @@ def gallery(
         list[str] | None,
         typer.Argument(
             metavar="[FILTER=VALUE]...",
-            help="As in the page's address: source, state, reason, error, is.COLUMN, min.COLUMN, max.COLUMN, q, in, sort, order.",
+            help="As in the page's address: source, state, reason, error, is.COLUMN, min.COLUMN, max.COLUMN, q, in, sort, order, show.",
         ),
     ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve pages on 127.0.0.1 until Ctrl-C.")] = False,

@@ -69,7 +69,7 @@ class Gallery:
         rows = query.page(con, self.table, q)
         first = (q.page - 1) * q.per + 1
         shown = [
-            cards.card(row, self.table, self._picture(row), q.sort, "/sample" + q.url(page=first + i, per=1))
+            cards.card(row, self.table, self._picture(row), q, "/sample" + q.url(page=first + i, per=1))
             for i, row in enumerate(rows)
         ]
         column = self.table.columns.get(q.sort)
@@ -98,8 +98,10 @@ class Gallery:
             results.append(el("div", el("span", cls="grow"), pager, cls="bar"))
         side = [cards.search_form(self.table, q)]
         if q.filters() != query.Query():
-            side.append(el("p", el("a", "clear all filters", href=query.Query(sort=q.sort, order=q.order).url())))
-        side.append(cards.facet_list(facets, q))
+            side.append(
+                el("p", el("a", "clear all filters", href=query.Query(sort=q.sort, order=q.order, show=q.show).url()))
+            )
+        side += [cards.facet_list(facets, q), cards.layer_list(self.table, q)]
         keys = (("←", ""), ("→", " page  "), ("j", ""), ("k", " card  "), ("Enter", " open  "), ("/", " search"))
         side.append(el("p", *(join([el("kbd", key), does, " "]) for key, does in keys), cls="hint"))
         body = el("main", el("aside", *side, id="filters"), el("div", *results, cls="results"), cls="look")

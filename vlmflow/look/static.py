@@ -96,7 +96,7 @@ def body(
         rows = query.page(con, table, q)
         if not table.with_samples:
             rows = [row | _own(row, samples) for row in rows]
-        shown = [cards.card(row, shown_as, _picture(row, samples), q.sort) for row in rows]
+        shown = [cards.card(row, shown_as, _picture(row, samples), q) for row in rows]
         parts += [el("h2", title), el("div", *shown, cls="cards") if shown else el("p", "none", cls="note")]
     if failed.total(con):
         parts += [

@@ -88,6 +88,11 @@ class Table:
         con.execute(f"CREATE VIEW failures AS SELECT * FROM {quoted(self.path.name)}.main.failures")
         return con
 
+    @property
+    def layers(self) -> list[str]:
+        """Layers that columns come from, `sample` among them."""
+        return list(dict.fromkeys(column.layer for column in self.columns.values() if column.name not in FIXED))
+
     def column(self, name: str) -> Column:
         """A column by name. Raises DataError listing those there are."""
         if name not in self.columns:
