@@ -239,15 +239,19 @@ def _explain(failure: dict[str, Any] | None, log: Path, code: int) -> VlmflowErr
 
 
 @contextlib.contextmanager
-def stack(state: Path, console: Console | None) -> Iterator[str]:
-    """Yield the store prefix: the user's, or that of the local stack, whose variables are set for the time of the run."""
+def stack(state: Path, console: Console | None, services: Sequence[str] | None = None) -> Iterator[str]:
+    """Yield the store prefix: the user's, or that of the local stack, whose variables are set for the time of the run.
+
+    `services`: those that are needed; None starts all of the stack.
+    """
     if root := os.environ.get("VLMFLOW_ROOT"):
         yield root
         return
     from vlmflow import local_stack
 
     say = (lambda text: console.print(text, markup=False)) if console else None
-    variables = local_stack.environment(local_stack.up(state, say))
+    info = local_stack.up(state, say, services or local_stack.SERVICES)
+    variables = local_stack.environment(info)
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
