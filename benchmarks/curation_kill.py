@@ -43,6 +43,16 @@ from vlmflow.digest import sha256_file  # noqa: E402
 
 ROWS, PER_SHARD, CONCURRENCY = 240, 6, 8
 LATE = 20  # kills that may come after the step's end, for each that is asked for
+PRELOADED = [
+    "curation_world",
+    "vlmflow.models.inference",
+    "pyarrow.compute",
+    "pyarrow.parquet",
+    "aiohttp",
+    "duckdb",
+    "pandas",
+]
+PRELOADED += [f"PIL.{name}" for name in ("JpegImagePlugin", "PngImagePlugin", "BmpImagePlugin", "GifImagePlugin")]
 RECIPE = {
     "caption": {"engine": "openai", "model_name": "any", "concurrency": CONCURRENCY, "max_new_tokens": 16},
     "fuse": {"engine": "rules", "fallback": "alt", "failure_limit": 1},
@@ -119,9 +129,7 @@ class Driver:
         self.table = str(table)
         self.context = multiprocessing.get_context("forkserver")
         modules = [f"vlmflow.curation.{step.module}" for step in STEPS.values()]
-        self.context.set_forkserver_preload(
-            ["curation_world", "vlmflow.models.inference", "pyarrow.parquet", "numpy", "PIL.Image", *modules]
-        )
+        self.context.set_forkserver_preload([*PRELOADED, *modules])
         self.manifest: Manifest | None = None
 
     def start(self, name: str, given: str | None) -> Any:
@@ -288,7 +296,14 @@ def compare(
         return world.chat(f"A small coloured square with the mark {name[:8]} on it.")
 
     found = {}
-    with curation_server.serving() as site, world.serving(reply) as (_, url), _environment(VLMFLOW_CAPTION_URL=url):
+    path = os.pathsep.join(
+        [*str(HERE), str(HERE.parent), str(HERE.parent / "tests"), os.environ.get("PYTHONPATH", "")]
+    )  # the fork server imports for all steps
+    with (
+        curation_server.serving() as site,
+        world.serving(reply) as (_, url),
+        _environment(VLMFLOW_CAPTION_URL=url, PYTHONPATH=path),
+    ):
         driver = Driver(state, site, asked, seed, rows)
         last = max(list(STEPS).index(name) for name in steps)
         for name in list(STEPS)[: last + 1]:
