@@ -14,9 +14,6 @@ driver and count. Prints one table and writes JSON; exits non-zero when anything
 from __future__ import annotations
 
 import argparse
-import base64
-import hashlib
-import importlib
 import importlib.util
 import json
 import multiprocessing
@@ -28,99 +25,31 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]  # the tests' tiny world
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from vlmflow.dataset.manifest import Manifest  # noqa: E402
-from vlmflow.digest import sha256_file  # noqa: E402
+from curation_kill_world import CONCURRENCY, PER_SHARD, PRELOADED, STEPS, attempt, build, name_of, servers
 
-ROWS, PER_SHARD, CONCURRENCY = 240, 6, 8
+from vlmflow.dataset.manifest import Manifest
+from vlmflow.digest import sha256_file
+
+ROWS = 240
 LATE = 20  # kills that may come after the step's end, for each that is asked for
-RECIPE = {
-    "caption": {"engine": "openai", "model_name": "any", "concurrency": CONCURRENCY, "max_new_tokens": 16},
-    "fuse": {"engine": "rules", "fallback": "alt", "failure_limit": 1},
-    "describe": {"engine": "openai", "model_name": "any", "min_tokens": 3, "repair": False, "concurrency": CONCURRENCY},
-    "clean": {},
-    "dedup": {},
-    "perplexity": {"failure_limit": 1},
-    "keep": {"fraction": 0.5},
-}
-
-
-@dataclass(frozen=True)
-class Step:
-    """A curation step: how its module is called, and on how many shards (None: all)."""
-
-    module: str
-    takes_model: bool = False
-    shards: int | None = None
-    layer: str = ""  # whose parts mean that a shard was asked for
-
-
-STEPS = {
-    "pull": Step("pull"),
-    "ocr": Step("ocr", shards=4),
-    "caption": Step("caption", takes_model=True, layer="synthetic"),
-    "describe": Step("describe", takes_model=True, layer="described"),
-    "fuse": Step("fuse"),
-    "phash": Step("phash"),
-    "clean": Step("clean"),
-    "dedup": Step("dedup"),
-    "perplexity": Step("perplexity", takes_model=True),
-    "keep": Step("keep"),
-}
-
-
-def attempt(name: str, place: Path, table: str, given: str | None, out: Path, began: Any) -> None:
-    """One run of one step, in a process and session of its own; `began` hears when the step itself starts."""
-    os.setsid()
-    for stream in (sys.stdout, sys.stderr):
-        os.dup2(os.open(place / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
-    import curation_world as world
-
-    from vlmflow.models import inference, store
-    from vlmflow.recipe.curation import CurationSpec
-    from vlmflow.recipe.data import DatasetSpec, PullSpec, SourceSpec
-    from vlmflow.step import Context
-
-    inference.load = lambda folder: world.FakeVLM()  # type: ignore[assignment]
-    store.fetch = lambda ref, scratch=None: Path("/nowhere")  # type: ignore[assignment]
-    recipe = SimpleNamespace(
-        seed=17,
-        data={"web": DatasetSpec(sources={"web": SourceSpec(table=table)})},
-        pull=PullSpec(samples_per_shard=PER_SHARD, allow_hosts=["127.0.0.1"], concurrency=CONCURRENCY),
-        curation=CurationSpec.model_validate(RECIPE),
-    )
-    ctx = Context(recipe, str(place / "root"), place / "scratch")  # type: ignore[arg-type]
-    step = STEPS[name]
-    call: Callable[..., Manifest] = importlib.import_module(f"vlmflow.curation.{step.module}").run
-    manifest = given and Manifest.model_validate_json(given)
-    began.send(None)
-    made = call(ctx, "web") if name == "pull" else call(ctx, manifest, *([world.MODEL] if step.takes_model else []))
-    out.write_text(made.model_dump_json())
 
 
 class Driver:
     """The servers, the state folder and the undisturbed results."""
 
     def __init__(self, state: Path, site: Any, asked: Counter[str], seed: int, rows: int) -> None:
-        self.place, self.before, self.out = state / "run", state / "before", state / "made.json"
+        self.state, self.place, self.before, self.out = state, state / "run", state / "before", state / "made.json"
         self.site, self.asked, self.chance = site, asked, random.Random(seed)
-        table = state / "table.jsonl"
-        lines = ({"url": site.url(f"/img/{i}"), "text": f"a small square, number {i} of many"} for i in range(rows))
-        table.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        self.table = str(table)
+        build(state, site.url, rows)
         self.context = multiprocessing.get_context("forkserver")
-        modules = [f"vlmflow.curation.{step.module}" for step in STEPS.values()]
         self.context.set_forkserver_preload(
-            ["curation_world", "vlmflow.models.inference", "pyarrow.parquet", "numpy", "PIL.Image", *modules]
+            [*PRELOADED, *(f"vlmflow.curation.{step.module}" for step in STEPS.values())]
         )
         self.manifest: Manifest | None = None
 
@@ -129,7 +58,7 @@ class Driver:
         self.out.unlink(missing_ok=True)
         self.place.mkdir(exist_ok=True)
         mine, theirs = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=attempt, args=(name, self.place, self.table, given, self.out, theirs))
+        process = self.context.Process(target=attempt, args=(name, self.state, given, theirs))
         process.start()
         theirs.close()
         try:
@@ -199,13 +128,13 @@ class Driver:
                 problems.append(f"{where}: {len(twice)} were fetched again though they had landed, e.g. {twice[0]}")
             more = self.site.images + sum(self.asked.values()) - once
             again += max(0, more)
-            if step.layer and more > CONCURRENCY and not elsewhere:  # the journal has what was answered
+            if more > CONCURRENCY and not elsewhere:  # spool and journal have what came
                 problems.append(f"{where}: {more} more requests, though {CONCURRENCY} at most were open")
         if done < kills:
             problems.append(f"only {done} of {kills} kills came before the step's end")
         self.restore()
         self.whole(name, given)
-        if not step.shards:
+        if step.chained:
             self.manifest = Manifest.model_validate_json(made)
         return {
             "seconds": round(seconds, 2),
@@ -226,22 +155,17 @@ class Driver:
 
     def _landed(self, name: str) -> list[str]:
         """Requests whose answers lie in a finished shard or part."""
+        from curation_server import picture
+
         step, root = STEPS[name], self.place / "root"
         if name == "pull":
             finished = {int(path.stem.rsplit("-", 1)[1]) for path in (root / "shards").glob("*.tar")}
             return [f"/img/{row}" for shard in finished for row in range(shard * PER_SHARD, (shard + 1) * PER_SHARD)]
-        if not step.layer or not self.manifest:
-            return []
+        if step.layer not in ("synthetic", "described") or not self.manifest:
+            return []  # nothing is asked, or not about one picture
         parts = {path.stem for path in (root / "layers" / step.layer).glob("*/*.parquet")}
         places = [number for number, shard in enumerate(self.manifest.shards) if shard.sha256[:24] in parts]
-        return [picture_name(row) for n in places for row in range(n * PER_SHARD, (n + 1) * PER_SHARD)]
-
-
-def picture_name(row: int) -> str:
-    """How the caption server names a picture in its counts."""
-    from curation_server import picture
-
-    return hashlib.sha256(picture(row)).hexdigest()
+        return [name_of(picture(row)) for n in places for row in range(n * PER_SHARD, (n + 1) * PER_SHARD)]
 
 
 def inventory(place: Path) -> dict[str, str]:
@@ -260,41 +184,19 @@ def differences(calm: dict[str, str], killed: dict[str, str]) -> list[str]:
     )
 
 
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Variables that the steps' processes inherit."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-
-
 def compare(
     steps: list[str], kills: int, seed: int, state: Path, rows: int = ROWS, say: Callable[[str], None] = print
 ) -> dict[str, Any]:
     """Kill each of the steps; the others of the chain before them run undisturbed. Returns figures and problems by step."""
-    import curation_server
-    import curation_world as world
-
     asked: Counter[str] = Counter()
-
-    def reply(body: dict, number: int) -> dict:
-        image = next(p for p in body["messages"][-1]["content"] if p["type"] == "image_url")["image_url"]["url"]
-        name = hashlib.sha256(base64.b64decode(image.partition(",")[2])).hexdigest()
-        asked[name] += 1
-        return world.chat(f"A small coloured square with the mark {name[:8]} on it.")
-
     found = {}
-    with curation_server.serving() as site, world.serving(reply) as (_, url), _environment(VLMFLOW_CAPTION_URL=url):
+    with servers(asked) as site:
         driver = Driver(state, site, asked, seed, rows)
         last = max(list(STEPS).index(name) for name in steps)
         for name in list(STEPS)[: last + 1]:
             if importlib.util.find_spec(f"vlmflow.curation.{STEPS[name].module}") is None:
                 continue
-            if name not in steps and STEPS[name].shards:
+            if name not in steps and not STEPS[name].chained:
                 continue  # nothing is built on it
             result = driver.step(name, kills if name in steps else 0)
             if name in steps:

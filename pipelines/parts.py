@@ -7,7 +7,11 @@ from functools import partial
 
 from kfp import dsl
 
+from components.build import build
 from components.caption import caption
+from components.clean import clean
+from components.deal import deal
+from components.dedup import dedup
 from components.evaluate import evaluate
 from components.finish import finish
 from components.fuse import fuse
@@ -29,15 +33,24 @@ def finished():
     return dsl.ExitHandler(once(finish()), name="run")
 
 
-def datasets(resolved, seed="", web="", sft="", **of) -> dict:
-    """The recipe's datasets by name: those given as manifest URIs, the others pulled (of=stage, candidate: as they need)."""
-    given = {"seed": seed, "web": web, "sft": sft}
-    return {
-        name: repeatable(pull(recipe=resolved, dataset=name, manifest=uri, **of))
-        .set_display_name(f"pull {name}")
-        .outputs["data"]
-        for name, uri in given.items()
-    }
+def datasets(resolved, seed="", web="", sft="", shard_groups=None, **of) -> dict:
+    """The recipe's datasets by name: those given as manifest URIs, the others pulled (of=stage, candidate: as they need).
+
+    With `shard_groups` the web data, by far the largest, are pulled by as many tasks: each fetches the shards of its group,
+    then one finds them all and seals the manifest."""
+    made = {}
+    for name, uri in {"seed": seed, "web": web, "sft": sft}.items():
+        ahead = {"parts": _pulled(resolved, name, shard_groups)} if shard_groups is not None and name == "web" else {}
+        task = repeatable(pull(recipe=resolved, dataset=name, manifest=uri, **ahead, **of))
+        made[name] = task.set_display_name(f"pull {name}").outputs["data"]
+    return made
+
+
+def _pulled(resolved, name, shard_groups):
+    dealt = repeatable(deal(recipe=resolved, dataset=name, count=shard_groups))
+    with dsl.ParallelFor(dealt.output) as group:
+        part = repeatable(pull(recipe=resolved, dataset=name, group=group)).set_display_name(f"pull {name}, a group")
+    return dsl.Collected(part.outputs["data"])
 
 
 def stage(resolved, name: str, init, data: dict):
@@ -47,19 +60,23 @@ def stage(resolved, name: str, init, data: dict):
 
 
 def curated(resolved, raw, model, shard_groups):
-    """OCR, captions, fusion, perplexity and selection. A chain of tasks for each group of shards computes the layers' parts;
-    then the same steps find them and seal the manifest, and the selection ranks all shards at once."""
+    """OCR, captions, fusion, built samples, checks, perplexity, duplicates and selection. A chain of tasks for each group of
+    shards computes the layers' parts; then the same steps find them and seal the manifest, and what compares samples with each
+    other, duplicates and the selection, sees all shards at once. A step that the recipe leaves out hands the dataset on."""
     dealt = repeatable(groups(recipe=resolved, dataset=raw, count=shard_groups))
     with dsl.ParallelFor(dealt.output) as group:
         part = _layers(resolved, raw, model, group)
     whole = repeatable(merge(recipe=resolved, dataset=raw, parts=dsl.Collected(part)))
     scored = _layers(resolved, whole.outputs["data"], model)
-    return repeatable(keep(recipe=resolved, dataset=scored)).outputs["data"]
+    unique = repeatable(dedup(recipe=resolved, dataset=scored))
+    return repeatable(keep(recipe=resolved, dataset=unique.outputs["data"])).outputs["data"]
 
 
 def _layers(resolved, data, model, group=None):
-    for step, wanted in ((ocr, {}), (caption, {"model": model}), (fuse, {}), (perplexity, {"model": model})):
+    with_model = (caption, build, perplexity)
+    for step in (ocr, caption, fuse, build, clean, perplexity):
         given = {} if group is None else {"group": group}
+        wanted = {"model": model} if step in with_model else {}
         made = repeatable(step(recipe=resolved, dataset=data, **wanted, **given))
         data = made.set_display_name(f"{step.name} of a group" if given else step.name).outputs["data"]
     return data

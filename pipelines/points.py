@@ -1,7 +1,7 @@
 """The POINTS recipe as one pipeline: from tables of URLs to a registered and exported model.
 
 Order of POINTS sections 2 and 3: pull; a model P that can caption and score (`bootstrap`); OCR, caption, fuse,
-perplexity and keep on the web data; stage 1 (OCR encoder), stage 2 (alignment), stage 3 once a soup candidate; soups;
+build, clean, perplexity, dedup and keep on the web data; stage 1 (OCR encoder), stage 2 (alignment), stage 3 once a soup candidate; soups;
 evaluation of every model on the report split; registry, export, report. The same pipeline runs on a laptop
 (`vlmflow run`) and on a cluster. Machine sizes and accelerators are the platform's configuration, not the pipeline's.
 """
@@ -29,12 +29,12 @@ def points(recipe: str, overrides: list = [], soup_choice: str = "recipe", evalu
         overrides: Changes to the recipe, each `section.key=value`, such as ["seed=7", "curation.keep.fraction=0.3"].
         soup_choice: Which soup is registered and exported; `recipe` keeps what the recipe says.
         evaluators: Number of tasks that the models are dealt to for evaluation.
-        shard_groups: Number of groups that the shards of the web data are dealt to; each is curated by tasks of its own.
+        shard_groups: Number of groups that the shards of the web data are dealt to; each is pulled and curated by tasks of its own.
     """
     with parts.finished():
         checked = once(preflight(source=recipe, overrides=overrides, pipeline="points", soup_choice=soup_choice))
         resolved = checked.outputs["recipe"]
-        raw = parts.datasets(resolved)
+        raw = parts.datasets(resolved, shard_groups=shard_groups)
 
         untrained = repeatable(initial(recipe=resolved, **raw)).outputs["model"]
         model_p = parts.stage(resolved, "bootstrap", untrained, raw)

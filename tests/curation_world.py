@@ -65,9 +65,12 @@ class FakeVLM:
     def score(self, requests, batch_tokens):
         self.calls.append(("score", len(requests), batch_tokens))
         return [
-            SimpleNamespace(nll=fake_nll(r.images[0], r.prompt, r.target), tokens=len(r.target.split()) + 1)
+            SimpleNamespace(nll=fake_nll(r.images[0], r.prompt, r.target), tokens=len(r.target.split()) + 1, error=None)
             for r in requests
         ]
+
+    def prepare(self, request, name=""):
+        return request
 
 
 def fake_nll(image, prompt: str, target: str) -> float:
@@ -141,7 +144,7 @@ def serving(reply):
 
 def impatient(monkeypatch, **settings) -> None:
     """Endpoints of recipes give up soon and pause for a millisecond."""
-    from vlmflow.curation import ask
-    from vlmflow.curation.openai_client import Endpoint
+    from vlmflow.curation import asked_layer
+    from vlmflow.curation.chat_format import Endpoint
 
-    monkeypatch.setattr(ask, "Endpoint", lambda **given: Endpoint(**given | {"backoff": 0.001} | settings))
+    monkeypatch.setattr(asked_layer, "Endpoint", lambda **given: Endpoint(**given | {"backoff": 0.001} | settings))

@@ -18,9 +18,9 @@ from aiohttp import web
 from curation_world import Server, chat, context, dataset, impatient, png, sample, serving
 
 from vlmflow import storage
-from vlmflow.curation import ask, caption
+from vlmflow.curation import ask, asked_layer, caption
 from vlmflow.curation.ask import Asker
-from vlmflow.curation.openai_client import ChatRequest, Endpoint
+from vlmflow.curation.chat_format import ChatRequest, Endpoint
 from vlmflow.errors import DataError, ServiceError
 
 CAPTION = {"engine": "openai", "model_name": "m", "endpoint_env": "ASK_URL", "key_env": "ASK_KEY", "concurrency": 2}
@@ -210,11 +210,30 @@ def test_summary_has_tokens_and_cost(tmp_path, monkeypatch):
     )
 
 
+def test_groups_of_shards_give_the_layer_of_the_whole(tmp_path, monkeypatch):
+    data = dataset(
+        tmp_path / "d", [sample(f"k{i:02d}", None, png(i % 5)) for i in range(24)]
+    )  # five pictures, many times
+    with serving(lambda body, n: chat("a red square")) as (server, url):
+        monkeypatch.setenv("ASK_URL", url)
+        whole = caption.run(context(tmp_path, caption=CAPTION), data)
+        assert len(server.bodies) == 5
+        shutil.rmtree(tmp_path / "root")
+        for number, group in enumerate((data.shards[3:], data.shards[:1], data.shards[1:3])):
+            pod = context(tmp_path, caption=CAPTION)
+            pod.scratch, pod.parts_only = tmp_path / f"pod-{number}", True
+            caption.run(pod, data.model_copy(update={"shards": group}))
+        assert 5 < len(server.bodies) <= 5 + 15
+        monkeypatch.delenv("ASK_URL")
+        assert caption.run(context(tmp_path, caption=CAPTION), data).digest == whole.digest
+    assert whole.layers["synthetic"].summary["requests"] == 24  # counted by shard, whatever others asked
+
+
 def test_a_journal_left_between_part_and_deletion_is_removed_by_the_next_run(tmp_path, monkeypatch):
     data = dataset(tmp_path / "d", captioned(4))
     with serving(lambda body, n: chat("a red square")) as (server, url):
         monkeypatch.setenv("ASK_URL", url)
-        monkeypatch.setattr(ask, "sweep", lambda *a: 0)
+        monkeypatch.setattr(asked_layer, "sweep", lambda *a: 0)
         monkeypatch.setattr(ask.Journal, "close", lambda self, done=True: None)
         first = caption.run(context(tmp_path, caption=CAPTION), data)
         assert list((tmp_path / "scratch").rglob("*.jsonl"))

@@ -91,3 +91,23 @@ def test_endpoint_gets_each_readable_picture_once(tmp_path, monkeypatch):
     assert "sk-secret" not in stored and url not in stored
     # a second run finds the layer and needs no server
     assert caption.run(context(tmp_path, caption=spec), data).digest == sealed.digest
+
+
+def test_a_cut_picture_of_any_format_costs_no_request():
+    import io
+
+    from PIL import Image
+
+    from vlmflow.curation.inputs import check_pictures, pictures
+    from vlmflow.errors import DataError
+
+    picture = Image.effect_noise((320, 240), 60).convert("RGB")
+    for kind in ("JPEG", "PNG", "WEBP"):
+        buffer = io.BytesIO()
+        picture.save(buffer, kind)
+        whole = sample("k", None, buffer.getvalue())
+        check_pictures(whole)
+        cut = sample("k", None, buffer.getvalue()[: len(buffer.getvalue()) // 2])
+        for check in (check_pictures, pictures):
+            with pytest.raises(DataError, match="image cannot be decoded"):
+                check(cut)

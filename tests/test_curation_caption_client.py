@@ -13,7 +13,8 @@ from aiohttp import web
 from curation_world import Server, chat, png, serving
 
 from vlmflow.curation import openai_client
-from vlmflow.curation.openai_client import ChatRequest, Client, Endpoint
+from vlmflow.curation.chat_format import ChatRequest, Endpoint
+from vlmflow.curation.openai_client import Client
 from vlmflow.errors import RecipeError, ServiceError
 
 KEY = "sk-very-secret"
@@ -78,7 +79,16 @@ def test_malformed_answers_are_retried_then_reported_for_their_sample_alone(monk
 
 
 @pytest.mark.parametrize(
-    "answer", ["<html>hi</html>", '{"choices": []}', '{"choices": [{"message": null}]}', "[1]", "null"]
+    "answer",
+    [
+        "<html>hi</html>",
+        '{"choices": []}',
+        '{"choices": [{"message": null}]}',
+        "[1]",
+        "null",
+        '{"choices": [{"message": {"content": "x"}}], "usage": {"prompt_tokens": 1e999}}',
+        "[" * 100_000,
+    ],
 )
 def test_a_server_that_never_answers_in_the_format_is_named(monkeypatch, answer):
     with serving(lambda body, n: web.Response(text=answer)) as (_, url):
@@ -251,6 +261,22 @@ def test_the_address_may_be_written_with_or_without_its_end_and_with_a_query(mon
         (answer,) = ask(monkeypatch, url + end)
     query = end.partition("?")[2].replace("opensesame", "***")
     assert answer.text == "/v1/chat/completions" + (f"?{query}" if query else "")
+
+
+@pytest.mark.parametrize(("said", "text"), [
+    ("<think>a square?</think>\n A square.", "A square."), ("<think>never en", ""), ("half \ud83d pair", "half ? pair"),
+    ("A <think> tag.", "A <think> tag."),
+])  # fmt: skip
+def test_reasoning_is_no_answer_and_every_text_can_be_stored(monkeypatch, said, text):
+    with serving(lambda body, n: chat(said)) as (_, url):
+        assert ask(monkeypatch, url)[0].text == text
+
+
+@pytest.mark.parametrize(("tokens", "count"), [(None, 0), ("12", 12), (-5, 0), (1e30, 2**40), (7.0, 7)])
+def test_odd_token_counts(monkeypatch, tokens, count):
+    with serving(lambda body, n: chat("x") | {"usage": {"prompt_tokens": tokens}}) as (_, url):
+        answer = ask(monkeypatch, url)[0]
+    assert (answer.prompt_tokens, answer.completion_tokens) == (count, 0)
 
 
 def test_refusal_field(monkeypatch):

@@ -212,3 +212,24 @@ def test_same_rows_under_any_sharding_and_repeated_keys_are_refused(tmp_path):
 def test_nothing_is_added_when_the_recipe_asks_for_nothing(tmp_path):
     data = dataset(tmp_path / "d", [sample("a", encoded(picture(1)))])
     assert dedup.run(context(tmp_path), phash.run(context(tmp_path), data)) is data
+
+
+def test_documents_that_share_a_page_are_looked_up_by_another(tmp_path, monkeypatch):
+    """Two thousand documents with one cover: their second pages tell them apart without comparing all pairs."""
+    n = 2000
+    pages = np.random.default_rng(1).integers(1, 1 << 63, n)
+    keys = [f"k{i:04d}" for i in range(n)]
+    data = dataset(tmp_path / "d", [Sample(key, {"images": []}) for key in keys], n)
+    rows = {
+        key: {"key": key, "plain": [77, int(pages[i]), 77], "trimmed": [77, int(pages[i]), 77], "mirrored": [],
+              "content": i + 1, "pixels": n - i}
+        for i, key in enumerate(keys)
+    }  # fmt: skip
+    rows["k1999"]["plain"] = [77 ^ 3, int(pages[4]) ^ 1, 77 ^ 4]
+    ctx = context(tmp_path, dedup={"images": 2})
+    data = seal_layer(ctx, data, "phash", params={}, version=1, schema=phash.SCHEMA, rows=rows)
+    compared = []
+    near = dedup.Index._near
+    monkeypatch.setattr(dedup.Index, "_near", lambda *a: compared.append(int((a[6] - a[5]).sum())) or near(*a))
+    found = read_layer(dedup.run(ctx, data), "dedup")
+    assert {key: row["of"] for key, row in found.items() if row["of"]} == {"k1999": "k0004"} and sum(compared) < 10 * n

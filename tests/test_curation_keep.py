@@ -141,3 +141,102 @@ def test_run_again_gives_the_same_manifest(tmp_path):
     data = scored(tmp_path, {f"k{i}": float(i % 3) + 1 for i in range(9)})
     ctx = context(tmp_path, perplexity={"text": "alt"})
     assert keep.run(ctx, data).digest == keep.run(ctx, data).digest
+
+
+def with_layer(folder, manifest, name, schema, rows, **curation):
+    """The dataset with a further layer whose rows are given by key."""
+    rows = {key: {"key": key, **row} for key, row in rows.items()}
+    return seal_layer(context(folder, **curation), manifest, name, params={}, version=1, schema=schema, rows=rows)
+
+
+def choose(folder, manifest, **curation):
+    sealed = keep.run(context(folder, perplexity={"text": "alt"}, **curation), manifest)
+    rows = read_layer(sealed, "keep")
+    return sealed.layers["keep"].summary, rows, [k for k, r in rows.items() if r["keep"]]
+
+
+CLEAN = {"problems": "list<str>", "object": "str"}
+
+
+def test_what_earlier_steps_drop_goes_first_with_its_reason(tmp_path):
+    values = {key: float(i + 1) for i, key in enumerate("abcdefgh")}
+    data = scored(tmp_path, values)
+    none = {"problems": [], "object": "other"}
+    data = with_layer(tmp_path, data, "clean", CLEAN, dict.fromkeys(values, none) | {
+        "a": {"problems": ["side 3 < 20", "words 1 < 3"], "object": "other"}, "b": {"problems": ["empty"], "object": "other"}})  # fmt: skip
+    data = with_layer(tmp_path, data, "judge", {"problems": "list<str>"}, {key: {"problems": []} for key in values} | {
+        "b": {"problems": ["grammar"]}, "c": {"problems": ["grammar: it are"]}})  # fmt: skip
+    data = with_layer(tmp_path, data, "dedup", {"of": "str", "kind": "str", "distance": "int"}, {key: {} for key in values} | {
+        "d": {"of": "h", "kind": "near", "distance": 3}})  # fmt: skip
+    judge = {"model_name": "m"}
+    summary, rows, kept = choose(tmp_path, data, clean={"text": "alt"}, judge=judge, dedup={}, keep={"fraction": 0.5})
+    assert kept == ["e", "f"]  # half of e, f, g, h
+    assert [rows[key]["reason"] for key in "abcd"] == [
+        "clean: side 3 < 20; words 1 < 3", "clean: empty", "judge: grammar: it are", "repeats h (near, 3 bits apart)",
+    ]  # fmt: skip
+    assert [rows[key]["rank"] for key in "abcdefgh"] == [None] * 4 + [0, 1, 2, 3]
+    assert summary["dropped"] == {"clean": 2, "judge": 1, "dedup": 1} and summary["scored"] == 8
+    _, _, kept = choose(tmp_path, data, judge=judge | {"drop": False}, keep={"fraction": 0.5})
+    assert kept == ["a", "b", "c", "d"]
+    with pytest.raises(DataError, match="no layer 'contamination'"):
+        choose(tmp_path, data, contamination={})
+
+
+def test_everything_dropped_is_told_apart_from_nothing_scored(tmp_path):
+    data = scored(tmp_path, {"a": 1.0, "b": None})
+    rows = {key: {"problems": ["empty"], "object": "other"} for key in "ab"}
+    data = with_layer(tmp_path, data, "clean", CLEAN, rows)
+    with pytest.raises(DataError, match=r"2 samples, 1 of them scored, and earlier steps drop every one .*clean 2"):
+        choose(tmp_path, data, clean={"text": "alt"})
+
+
+def test_the_commonest_objects_are_thinned_to_their_first_in_rank(tmp_path):
+    kinds = ["person"] * 10 + ["text"] * 6 + ["food"] * 2 + ["other"] * 10 + ["plant"] * 2
+    values = {f"k{i:02d}": float((i * 7) % 31) + 1 for i in range(len(kinds))}
+    rows = {key: {"problems": [], "object": kind} for key, kind in zip(values, kinds, strict=True)}
+    data = with_layer(tmp_path, scored(tmp_path, values), "clean", CLEAN, rows)
+    clean = {"text": "alt"}
+    summary, found, kept = choose(tmp_path, data, clean=clean, keep={"fraction": 1.0, "balance": {"top": 1}})
+    people = sorted((key for key in values if rows[key]["object"] == "person"), key=values.__getitem__)
+    assert set(values) - set(kept) == set(people[6:]) and summary["thinned"] == {"person": [10, 6]}  # mean: 6
+    assert found[people[6]]["reason"] == "its main object is too common: the first 60 % of such samples go on"
+    assert found[people[6]]["rank"] is None
+    summary, _, kept = choose(tmp_path, data, clean=clean, keep={"fraction": 0.5, "balance": {"to": 0.5}})
+    assert (
+        summary["thinned"] == {"person": [10, 5]} and len(kept) == 13
+    )  # half of 25, rounded half up; text is not above the mean
+    with pytest.raises(ValueError, match=r"keep\.balance needs the main objects"):
+        choose(tmp_path, data, keep={"balance": {}})
+
+
+def test_each_source_has_its_share_and_its_quota(tmp_path):
+    values = {f"k{i:02d}": float(i + 1) for i in range(16)}
+    data = scored(tmp_path, values, sources=("a", "b"))  # a: k00-k03, k08-k11; b: the others
+    summary, rows, kept = choose(tmp_path, data, keep={"fraction": 0.25, "per_source": True})
+    assert kept == ["k00", "k01", "k04", "k05"] and summary["threshold"] is None
+    assert rows["k04"]["reason"] == "perplexity 5 is in the lowest 25 % of source 'b' (to 6)"
+    assert rows["k02"]["reason"] == "perplexity 3 is beyond the lowest 25 % of source 'a' (to 2)"
+    summary, rows, kept = choose(tmp_path, data, keep={"fraction": 0.5, "quota": {"a": 3}})
+    assert kept == ["k00", "k01", "k02", "k04", "k05", "k06", "k07"] and summary["over_quota"] == 1
+    assert rows["k03"]["reason"] == "source 'a' is full: its quota is 3" and summary["threshold"] == 8.0
+    with pytest.raises(RecipeError, match=r"quota names \['c'\]"):
+        choose(tmp_path, data, keep={"quota": {"c": 3}})
+    with pytest.raises(ValueError, match="per_source is about fraction"):
+        choose(tmp_path, data, keep={"per_source": True, "threshold": 3.0})
+
+
+def test_order_of_shards_changes_nothing(tmp_path):
+    kinds = ["person", "text", "other"]
+    values = {f"k{i:03d}": float((i * 37) % 11) + 1 for i in range(60)}
+    found = []
+    for number, keys in enumerate([list(values), list(values)[::-1], sorted(values, key=lambda k: k[::-1])]):
+        folder = tmp_path / str(number)
+        data = scored(folder, values, (7, 60, 13)[number], keys=keys)
+        rows = {k: {"problems": ["empty"] * (i % 9 == 0), "object": kinds[i % 7 % 3]} for i, k in enumerate(values)}
+        data = with_layer(folder, data, "clean", CLEAN, rows)
+        summary, rows, _ = choose(
+            folder, data, clean={"text": "alt"}, keep={"fraction": 0.3, "balance": {}, "drop_duplicate_texts": True}
+        )
+        summary = {k: v for k, v in summary.items() if k != "sources"}
+        found.append((summary, rows))
+    assert found[0] == found[1] == found[2] and found[0][0]["thinned"]

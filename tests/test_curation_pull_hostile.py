@@ -14,7 +14,6 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager
 
-import pytest
 from curation_server import bomb, picture
 from test_curation_pull import context, failures, table
 
@@ -112,7 +111,9 @@ def world(monkeypatch):
 
     async def start(addr_infos, **settings):
         for info in addr_infos:
-            settings["socket_factory"](info).close()  # the puller's own look at the address, as the library would call it
+            settings["socket_factory"](
+                info
+            ).close()  # the puller's own look at the address, as the library would call it
             net.contacted.append(info[4][0])
         near = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", net.port))]
         return await real(near, **{**settings, "socket_factory": None})
@@ -297,7 +298,9 @@ def test_the_address_is_judged_again_as_the_socket_is_opened(monkeypatch):
 
     class Careless:
         async def resolve(self, host, port=0, family=0):
-            return [{"hostname": host, "host": "127.0.0.1", "port": port, "family": socket.AF_INET, "proto": 6, "flags": 0}]
+            return [
+                {"hostname": host, "host": "127.0.0.1", "port": port, "family": socket.AF_INET, "proto": 6, "flags": 0}
+            ]
 
         async def close(self):
             pass

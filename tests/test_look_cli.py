@@ -132,3 +132,37 @@ def test_what_is_not_there_is_said(capsys, world, tmp_path):
     assert code == 2 and "is not a dataset manifest" in err
     code, _, err = call(capsys, "stats", f"file://{tmp_path}/none.json")
     assert code == 3
+
+
+def test_export_writes_what_is_kept_in_both_forms(capsys, world, tmp_path):
+    import pyarrow.parquet as pq
+
+    kept = [i for i in range(24) if i % 12 != 5 and i % 8 <= 3]
+    folder = tmp_path / "out" / "parquet"
+    arguments = [
+        "export",
+        world,
+        "--to",
+        str(folder),
+        "--format",
+        "parquet",
+        "--kept",
+        "--layers",
+        "fused,ppl",
+        "--samples-per-file",
+        "5",
+    ]
+    code, out, err = call(capsys, *arguments, "-o", "json")
+    assert code == 0, err
+    made = json.loads(out)
+    assert made["samples"] == len(kept) and [file["samples"] for file in made["files"]] == [5, 5, 1]
+    tables = [pq.read_table(path) for path in sorted(folder.rglob("*.parquet"))]
+    assert [key for table in tables for key in table.column("ppl_ppl").to_pylist()] == [10.0 + i % 8 for i in kept]
+    code, out, _ = call(capsys, *arguments)
+    assert code == 0 and "11 samples in 3 files (3 were there already), 13 not kept" in out
+    code, out, err = call(
+        capsys, "export", world, "--to", str(tmp_path / "out" / "tars"), "--layers", "all", "--caption", "fused"
+    )
+    assert code == 0 and list((tmp_path / "out" / "tars").rglob("*.tar")), err
+    code, _, err = call(capsys, "export", world, "--to", str(tmp_path / "x"), "--layers", "nothing")
+    assert code == 2 and "nothing" in err

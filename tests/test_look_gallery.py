@@ -247,12 +247,13 @@ def test_the_file_shows_both_ends_and_some_of_every_reason_and_nothing_runs(worl
     samples = Samples(world.manifest, world.folder / "scratch")
     text = static.page(world.manifest, made, samples, query.Query(), each=3)
     found = harmless(text, scripts=0)
-    outside = [a for a in found.addresses if not a.startswith(("data:image/jpeg;base64,", "http://pictures."))]
+    outside = [a for a in found.addresses if not a.startswith(("data:image/jpeg;base64,", "http://"))]
     assert not outside and "default-src &#x27;none&#x27;" in text
     titles = re.findall(r"<h2>(.*?)</h2>", text)
     assert titles == [
         "Lowest ppl.ppl", "Highest ppl.ppl", "perplexity # is beyond the lowest # % (to #) (11)",
         "perplexity # is in the lowest # % (to #) (11)", "not scored (2)", "failed in fused: the reply has # words (2)",
+        "Rows of the tables that became no sample (2)",
     ]  # fmt: skip
     assert text.count("<article") == 3 * 4 + 2 + 2 and text.count("data:image/jpeg") == 16
     assert static.page(world.manifest, made, samples, query.Query(), each=3) == text
@@ -291,3 +292,38 @@ def test_the_page_of_a_step_does_not_fail_it(tmp_path):
     manifest = manifest.model_copy(update={"layers": {**manifest.layers, "ppl": broken}})
     text = pages.page("Selection", {}, pages.preview(look_world.context(tmp_path), manifest, "keep"))
     assert "cannot be shown" in text
+
+
+def test_rows_that_became_no_sample_are_listed_with_their_reasons(world):
+    assert "2 rows became no sample" in get(world.server, "/")[2].decode()
+    body = get(world.server, "/failed")[2].decode()
+    found = harmless(body, scripts=1)
+    assert (
+        "http://gone.example/100.png" in found.addresses
+        and "404 Not Found" in body
+        and look_world.HOSTILE in "".join(found.words)
+    )
+    only = get(world.server, "/failed?reason=http_404")[2].decode()
+    assert "web-00000100" in only and "web-00000101" not in only and 'class="facet on"' in only
+    assert get(world.server, "/failed?host=%27%20OR%201=1")[2].decode().count("web-00000") == 0
+    assert get(world.server, "/failed?colour=red")[0] == get(world.server, "/failed?page=0")[0] == 400
+
+
+def test_cards_show_the_layers_that_are_asked_for(world):
+    def first(path):
+        body = get(world.server, path)[2].decode()
+        return body[body.index("<article") : body.index("</article>")]
+
+    everything, chosen = first("/?page=2&per=1"), first("/?page=2&per=1&show=fused&show=ppl")
+    assert "alt text 1" in everything and "aspect 1.5" in everything
+    assert (
+        "a fused text 1" in chosen
+        and "<b>11</b>" in chosen
+        and "alt text 1" not in chosen
+        and "aspect 1.5" not in chosen
+    )
+    assert get(world.server, "/?show=nothing")[0] == 400
+    assert (
+        'href="?show=fused&amp;show=ppl&amp;page=3&amp;per=1"'
+        in get(world.server, "/?page=2&per=1&show=fused&show=ppl")[2].decode()
+    )

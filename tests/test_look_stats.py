@@ -52,6 +52,7 @@ def test_sources_reasons_and_failures_are_counted(world):
         "web": (16, 8, 1),
     }
     assert made["sources"]["web"]["share"] == 0.5
+    assert made["not_pulled"] == {"reasons": {"bad_url": 1, "http_404": 1}, "hosts": {"": 1, "gone.example": 1}}
 
 
 def test_texts_have_lengths_scripts_and_repetitions(tmp_path):

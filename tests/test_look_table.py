@@ -219,3 +219,24 @@ def test_many_rows_in_bounded_memory(tmp_path):
                 "perplexity # is in the lowest # % (to #)": kept,
                 "perplexity # is beyond the lowest # % (to #)": 200_000 - kept,
             }
+
+
+def test_of_a_remote_shard_only_the_bytes_asked_for_travel(tmp_path, monkeypatch):
+    manifest = look_world.small(tmp_path)
+    from vlmflow import storage
+    from vlmflow.look import samples
+
+    ranges: list[int | None] = []
+    real = storage.read_bytes
+    monkeypatch.setattr(samples, "_is_here", lambda ref, scratch: False)
+    monkeypatch.setattr(
+        samples.storage,
+        "read_bytes",
+        lambda uri, offset=0, length=None: (ranges.append(length), real(uri, offset, length))[1],
+    )
+    monkeypatch.setattr(samples.ShardReader, "path", property(lambda self: pytest.fail("the whole tar was fetched")))
+    reading = Samples(manifest, tmp_path / "scratch")
+    assert reading.images(2, "docs-00000017") == (look_world.picture(17),)
+    members = reading.members(2, "docs-00000017")
+    assert ranges == [members["json"][1], members["png"][1]]
+    assert reading.bytes_to_fetch() == sum(shard.bytes for shard in manifest.shards)

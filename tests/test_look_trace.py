@@ -43,7 +43,7 @@ def test_a_sample_is_followed_from_its_row_to_its_reason(world):
         file.seek(offset)
         assert file.read(length) == look_world.picture(20, (64, 128))
     assert found["layers"]["ppl"]["row"] == {"ppl": 14.0, "tokens": 23, "error": None}
-    assert found["layers"]["keep"]["params"] == {"threshold": 13.0}
+    assert found["layers"]["keep"]["params"] == {"threshold": 13.0} and found["layers"]["keep"]["version"] == 1
     assert [entry["step"] for entry in found["lineage"]] == ["pull", "fused", "ppl", "clean", "keep"]
 
 

@@ -98,7 +98,7 @@ def test_score_counts_target_and_end_tokens(vlm):
 
 
 def test_bad_requests_are_named(vlm):
-    with pytest.raises(DataError, match="request 1 has an empty target"):
+    with pytest.raises(DataError, match="sample 'request 1': its text is empty"):
         vlm.score([ScoreRequest([], "a", "b"), ScoreRequest([], "a", " ")])
     with pytest.raises(DataError, match="request 0"):
         vlm.generate([Request([], "<|image_pad|>")], max_new_tokens=2)

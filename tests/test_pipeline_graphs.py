@@ -97,19 +97,34 @@ def _given(task: dict) -> dict:
     return task["inputs"].get("parameters", {}).get("given", {})
 
 
+ROW_LOCAL = ["ocr", "caption", "fuse", "build", "clean", "perplexity"]
+
+
 @pytest.mark.parametrize("name", ["curate", "points"])
 def test_curation_goes_through_groups_before_the_manifest_is_sealed(specs, name):
     spec = specs[name].spec
-    loop = tasks(spec, "comp-for-loop-2")
-    assert set(loop) == {"ocr", "caption", "fuse", "perplexity"}
+    loop = tasks(spec, "comp-for-loop-3")
+    assert set(loop) == set(ROW_LOCAL)
     assert all("group" in task["inputs"]["parameters"] for task in loop.values())
-    assert before(spec, "perplexity", "comp-for-loop-2") == {"ocr", "caption", "fuse"}
-    sealing = ["ocr", "caption", "fuse", "perplexity", "keep"]
+    assert before(spec, "perplexity", "comp-for-loop-3") == set(ROW_LOCAL[:-1])
+    sealing = [*ROW_LOCAL, "dedup", "keep"]
     for earlier, later in zip(["merge", *sealing[:-1]], sealing, strict=True):
         assert shown(spec, earlier) in before(spec, shown(spec, later))
     for step in sealing:
         parameters = tasks(spec)[shown(spec, step)]["inputs"].get("parameters", {})
-        assert "group" not in parameters and "for-loop-2" in before(spec, shown(spec, step))
+        assert "group" not in parameters and "for-loop-3" in before(spec, shown(spec, step))
+
+
+@pytest.mark.parametrize("name", ["curate", "points"])
+def test_web_data_are_pulled_in_groups_then_sealed_by_one_task(specs, name):
+    spec = specs[name].spec
+    (ahead,) = tasks(spec, "comp-for-loop-2").values()
+    assert ahead["taskInfo"]["name"] == "pull web, a group" and "group" in ahead["inputs"]["parameters"]
+    assert "deal" in before(spec, "for-loop-2")
+    sealing = tasks(spec)[shown(spec, "pull web")]["inputs"]
+    assert "for-loop-2" in before(spec, shown(spec, "pull web")) and "group" not in sealing["parameters"]
+    for other in ("pull seed", "pull sft"):
+        assert "for-loop-2" not in before(spec, shown(spec, other))
 
 
 def test_candidates_of_a_soup_start_from_the_checkpoint(specs):

@@ -68,6 +68,16 @@ def test_write_read_range_size_delete(root):
     assert not storage.exists(uri)
 
 
+def test_a_stamp_changes_with_the_object(root):
+    storage.write_bytes(f"{root}/object", b"one")
+    first = storage.stamp(f"{root}/object")
+    assert storage.stamp(f"{root}/object") == first
+    storage.write_bytes(f"{root}/object", b"another")
+    assert storage.stamp(f"{root}/object") != first
+    with pytest.raises(NotFound):
+        storage.stamp(f"{root}/none")
+
+
 def test_empty_object(root):
     storage.write_bytes(f"{root}/empty", b"")
     assert storage.read_bytes(f"{root}/empty") == b"" and storage.size(f"{root}/empty") == 0

@@ -100,3 +100,20 @@ def test_the_family_says_what_its_tiles_are_cut_from():
     assert POINTS.pixels_for(5000, 300, tiling) == (2688, 336), "also where an extreme ratio is mended"
     image = photo(500, 375)
     assert POINTS.tile(image, tiling, (4000, 3000)).shape[0] == POINTS.tiles_for(4000, 3000, tiling)
+
+
+@pytest.mark.parametrize(("how", "side"), [("whole", (800, 600)), ("scaled", (200, 150))])
+def test_training_decodes_as_its_stage_says(monkeypatch, how, side):
+    from types import SimpleNamespace
+
+    from vlmflow.training.trainer import Trainer
+
+    seen = []
+    family = SimpleNamespace(
+        pixels_for=POINTS.pixels_for,
+        tile=lambda image, tiling, size: (seen.append((image.size, size)), POINTS.tile(image, tiling, size))[1],
+    )
+    trainer = SimpleNamespace(family=family, side=112, stage=SimpleNamespace(decode=how))
+    tiles = Trainer.tile(trainer, jpeg(photo(800, 600)), 1)
+    assert seen == [(side, (800, 600))]
+    assert len(tiles) == POINTS.tiles_for(800, 600, {"tile": 112, "max_tiles": 1})

@@ -37,6 +37,12 @@ cli_cluster.add(app)
 
 
 DEMO_RECIPE = "recipes/points-tiny.yaml"
+Processes = Annotated[
+    int,
+    typer.Option(
+        min=0, help="Groups that shards are dealt to, and tasks at a time; 0 = one group, two tasks at a time."
+    ),
+]
 
 
 def _print_json(value: Any) -> None:
@@ -128,17 +134,23 @@ def status(state_dir: StateOption = Path(".vlmflow"), output: OutputOption = Out
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
+    pipeline: Annotated[str, typer.Option(help="Pipeline: points, curate, train, soup, evaluate, export.")] = "points",
+    parameter: Annotated[
+        list[str] | None, typer.Option("--parameter", "-p", help="Further parameter of the pipeline, NAME=VALUE.")
+    ] = None,
+    processes: Processes = 0,
     state_dir: StateOption = Path(".vlmflow"),
     output: OutputOption = Output.text,
 ) -> None:
-    """Run the whole recipe on this machine; started again after a kill, it continues."""
+    """Run a recipe on this machine, by default all of it; started again after a kill, it continues."""
     from rich.console import Console
 
     from vlmflow import local
 
     console = Console(highlight=False, stderr=output is Output.json)
     with _interruptible():
-        result = local.run(recipe, overrides or [], state_dir, console)
+        named = cli_cluster.parameters(parameter or [])
+        result = local.run(recipe, overrides or [], state_dir, console, pipeline, named, processes)
     _show_result(result, output)
 
 
@@ -146,6 +158,7 @@ def run(
 def demo(
     recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help="Recipe on the demo's tables.")] = DEMO_RECIPE,
     overrides: Overrides = None,
+    processes: Processes = 0,
     state_dir: StateOption = Path(".vlmflow"),
     output: OutputOption = Output.text,
 ) -> None:
@@ -162,7 +175,7 @@ def demo(
     plain = load(recipe, overrides or []).model_dump(mode="json")
     with _interruptible(), data.serve(state_dir) as site:
         moved = site.overrides(data.fields(plain))
-        result = local.run(recipe, [*moved, *(overrides or [])], state_dir, console)
+        result = local.run(recipe, [*moved, *(overrides or [])], state_dir, console, processes=processes)
     _show_result(result, output)
 
 
@@ -204,7 +217,8 @@ def _show_result(result: RunResult, output: Output) -> None:
 
     if output is Output.json:
         report = str(result.report) if result.report else None
-        _print_json({"run": result.run_id, "report": report, "seconds": result.seconds, **result.summary})
+        found = {"run": result.run_id, "report": report, "seconds": result.seconds, "datasets": result.datasets}
+        _print_json({**found, **result.summary})
         return
     from rich.console import Console
 
@@ -216,6 +230,8 @@ def _show_result(result: RunResult, output: Output) -> None:
         if value := result.summary.get(name):
             shown = value if isinstance(value, str) else ", ".join(f"{k} {v}" for k, v in value.items())
             console.print(f"{name:<11}{shown}", markup=False, soft_wrap=True)
+    for name, uri in result.datasets.items():
+        console.print(f"{'dataset':<11}{name} {uri}", markup=False, soft_wrap=True)
     console.print(
         f"{'steps':<11}{len(result.seconds)} in {human(sum(result.seconds.values()))} of step time", markup=False
     )

@@ -59,7 +59,7 @@ def submit(
 ) -> None:
     """Start a run of a recipe on the cluster."""
     client = _client(endpoint=endpoint, namespace=namespace, experiment=experiment, service_account=service_account)
-    sent = client.submit(recipe, overrides or [], pipeline, name, _parameters(parameter or []), dry_run)
+    sent = client.submit(recipe, overrides or [], pipeline, name, parameters(parameter or []), dry_run)
     value = {
         "pipeline": sent.pipeline,
         "name": sent.name,
@@ -73,7 +73,7 @@ def submit(
         client.wait(sent.run.run_id, on_change=_tell)
 
 
-def _parameters(given: list[str]) -> dict[str, Any]:
+def parameters(given: list[str]) -> dict[str, Any]:
     """NAME=VALUE pairs, values read as YAML. Raises RecipeError."""
     import yaml
 

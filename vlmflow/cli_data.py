@@ -90,7 +90,7 @@ def gallery(
         list[str] | None,
         typer.Argument(
             metavar="[FILTER=VALUE]...",
-            help="As in the page's address: source, state, reason, error, is.COLUMN, min.COLUMN, max.COLUMN, q, in, sort, order.",
+            help="As in the page's address: source, state, reason, error, is.COLUMN, min.COLUMN, max.COLUMN, q, in, sort, order, show.",
         ),
     ] = None,
     serve: Annotated[bool, typer.Option("--serve", help="Serve pages on 127.0.0.1 until Ctrl-C.")] = False,
@@ -155,7 +155,8 @@ def export(
 
     with find.opened([dataset], state_dir) as (manifest,):
         chosen = list(manifest.layers) if layers == "all" else [name for name in layers.split(",") if name]
-        with Progress("export", f"export {manifest.name}", manifest.samples, "samples") as progress:
+        total = manifest.layers["keep"].summary.get("kept") if kept and "keep" in manifest.layers else None
+        with Progress("export", f"export {manifest.name}", total or manifest.samples, "samples") as progress:
             made = write(
                 manifest, to, form, layers=chosen, kept_only=kept, caption=caption, samples_per_file=samples_per_file,
                 scratch=default_scratch(), advance=progress.advance,

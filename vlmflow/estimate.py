@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 LANES = 2  # tasks of a loop that kfp.local runs at a time (platform.md 1.2, L8)
 FIRST_RUN_SECONDS = {
     "preflight": 1, "pull": 4, "initial": 4, "train-bootstrap": 85, "groups": 1, "ocr-1": 11, "caption-1": 7,
-    "fuse-1": 1, "perplexity-1": 9, "merge": 1, "ocr": 1, "caption": 1, "fuse": 1, "perplexity": 1, "keep": 1, "train-ocr": 11, "train-align": 7, "plan": 1, "train-sft": 30, "soup": 9,
+    "fuse-1": 1, "build-1": 1, "clean-1": 2, "perplexity-1": 9, "merge": 1, "ocr": 1, "caption": 1, "fuse": 1, "build": 1,
+    "clean": 1, "perplexity": 1, "dedup": 1, "keep": 1, "deal": 1, "train-ocr": 11, "train-align": 7, "plan": 1, "train-sft": 30, "soup": 9,
     "lineup": 1, "evaluate": 18, "register": 2, "export": 8, "report": 1, "finish": 1,
 }  # fmt: skip
 UNKNOWN_SECONDS = 10.0
@@ -43,25 +44,30 @@ class Planned:
         return self.seconds / self.lanes
 
 
-def expected_steps(recipe: Recipe, evaluators: int, memory: Mapping[str, float]) -> list[Planned]:
-    """The steps of the points pipeline for a recipe, in order, with one group of shards; models are evaluated by `evaluators`
-    tasks."""
-    names: list[tuple[str, int]] = [
-        ("preflight", 1),
-        ("pull-seed", 1),
-        ("pull-web", 1),
-        ("pull-sft", 1),
-        ("initial", 1),
-    ]
-    layers = ("ocr", "caption", "fuse", "perplexity")
-    names += [("train-bootstrap", 1), ("groups", 1), *((f"{layer}-1", 1) for layer in layers), ("merge", 1)]
-    names += [(name, 1) for name in (*layers, "keep", "train-ocr", "train-align")]
-    names.append(("plan", 1))
-    candidates = list(recipe.soup.candidates) if recipe.soup else []
-    names += [(f"train-sft-{name}", min(LANES, len(candidates))) for name in candidates]
-    names += [("soup", 1), ("lineup", 1)]
-    names += [(f"evaluate-{i}", min(LANES, evaluators)) for i in range(1, evaluators + 1)]
-    names += [(n, 1) for n in ("register", "export", "report", "finish")]
+LAYERS = ("ocr", "caption", "fuse", "build", "clean", "perplexity")  # in a group and, sealing, over all shards
+
+
+def expected_steps(
+    recipe: Recipe, evaluators: int, memory: Mapping[str, float], pipeline: str = "points", groups: int = 1
+) -> list[Planned]:
+    """The steps of a pipeline for a recipe, in order, with `groups` of shards; models are evaluated by `evaluators` tasks, and as
+    many tasks of a loop run at a time. Of the smaller pipelines, those that an earlier run had."""
+    if pipeline not in ("points", "curate"):
+        return [Planned(name, seconds) for name, seconds in memory.items()]
+    numbers = range(1, groups + 1)
+    names: list[tuple[str, int]] = [("preflight", 1), ("pull-seed", 1), ("deal-web", 1)]
+    names += [(f"pull-web-{n}", min(evaluators, groups)) for n in numbers]
+    names += [(name, 1) for name in ("pull-web", "pull-sft", "initial", "train-bootstrap", "groups")]
+    names += [(f"{layer}-{n}", min(evaluators, groups)) for n in numbers for layer in LAYERS]
+    names += [(name, 1) for name in ("merge", *LAYERS, "dedup", "keep")]
+    if pipeline == "points":
+        candidates = list(recipe.soup.candidates) if recipe.soup else []
+        names += [(name, 1) for name in ("train-ocr", "train-align", "plan")]
+        names += [(f"train-sft-{name}", min(evaluators, len(candidates))) for name in candidates]
+        names += [("soup", 1), ("lineup", 1)]
+        names += [(f"evaluate-{i}", evaluators) for i in range(1, evaluators + 1)]
+        names += [(n, 1) for n in ("register", "export", "report")]
+    names.append(("finish", 1))
     return [Planned(name, memory.get(name, first_run_seconds(name)), lanes) for name, lanes in names]
 
 

@@ -46,7 +46,7 @@ SECRETS = ("mlpipeline-minio-artifact", "vlmflow-endpoints", "vlmflow-mlflow", "
 
 
 # Steps that need no torch run in the image vlmflow-data, a third of the other's size; a test imports them without torch.
-DATA_STEPS = ("clean", "dedup", "finish", "fuse", "groups", "keep", "merge", "promote", "pull")
+DATA_STEPS = ("clean", "deal", "dedup", "finish", "fuse", "groups", "keep", "merge", "promote", "pull")
 OCR_STEPS = ("ocr",)
 
 

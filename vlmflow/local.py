@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -25,14 +25,13 @@ from typing import TYPE_CHECKING, Any
 
 from vlmflow import estimate, process_tree, storage
 from vlmflow.display import Display
-from vlmflow.errors import NoSpace, NotFound, StepFailed, VlmflowError
+from vlmflow.errors import NoSpace, NotFound, RecipeError, StepFailed, VlmflowError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 30.0  # after Ctrl-C: the worker gives trainers 20 s to write a checkpoint
-EVALUATORS = estimate.LANES
 TAIL_LINES = 25
 SPARE_BYTES = 16 * 2**20  # a disk with less than this left cannot be told from a full one after a failed write
 _TASK_FAILED = re.compile(r"Task .*finished with status .*FAILURE")
@@ -47,6 +46,7 @@ class RunResult:
     report: Path | None
     summary: dict[str, Any]
     seconds: dict[str, float] = field(default_factory=dict)  # step -> wall time
+    datasets: dict[str, str] = field(default_factory=dict)  # name -> URI of the manifest with most layers
 
 
 def run(
@@ -54,11 +54,19 @@ def run(
     overrides: Sequence[str] = (),
     state_dir: str | Path = ".vlmflow",
     console: Console | None = None,
+    pipeline: str = "points",
+    parameters: Mapping[str, Any] | None = None,
+    processes: int = 0,
 ) -> RunResult:
-    """Run the points pipeline for a recipe.
+    """Run a pipeline for a recipe.
+
+    Args:
+        parameters: further parameters of the pipeline, such as `stage` and `model` of `train`.
+        processes: tasks of a loop that run at a time, and groups that the shards are dealt to; 0 = two tasks, one group (whose
+            steps use both cores themselves). What comes out is the same whatever their number.
 
     Raises:
-        RecipeError: before anything is started.
+        RecipeError: before anything is started; also for a parameter that the pipeline does not have.
         ServiceError: the local stack does not start.
         StepFailed: a step failed; the message is the step's own, and names the log.
     """
@@ -66,28 +74,45 @@ def run(
     from vlmflow.digest import digest
     from vlmflow.recipe import dump
 
-    recipe = preflight.resolve(str(recipe_path), list(overrides))
-    package = compiler.compile_pipeline("points")
+    given = dict(parameters or {})
+    package = compiler.compile_pipeline(pipeline)
+    forms = package.spec["root"]["inputDefinitions"]["parameters"]
+    _check_parameters(pipeline, given, forms)
+    recipe = preflight.resolve(str(recipe_path), list(overrides), pipeline=pipeline)
     state = Path(state_dir).absolute()
     with stack(state, console) as root, _only_run(state):
         run_id = _run_id(state, digest(recipe))
         folder = state / "runs" / run_id
         folder.mkdir(parents=True)
         (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-        timings = state / "timings.json"
-        plan = estimate.expected_steps(recipe, EVALUATORS, estimate.recall(timings, recipe.name))
-        arguments = {
-            "recipe": str(folder / "recipe.yaml"),
-            "overrides": [],
-            "evaluators": EVALUATORS,
-            "shard_groups": 1,
-        }
+        timings, lanes = state / "timings.json", processes or estimate.LANES
+        kind = recipe.name if pipeline == "points" else f"{recipe.name} {pipeline}"
+        memory = estimate.recall(timings, kind)
+        groups = max(1, processes)
+        plan = estimate.expected_steps(recipe, lanes, memory, pipeline, groups)
+        own = {"recipe": str(folder / "recipe.yaml"), "overrides": [], "evaluators": lanes, "shard_groups": groups}
+        arguments = {name: value for name, value in own.items() if name in forms} | given
         follower = estimate.Estimate(plan)
         try:
-            execute(package.text, arguments, folder, follower, console=console)
+            execute(package.text, arguments, folder, follower, console=console, lanes=lanes)
         finally:
-            estimate.remember(timings, recipe.name, follower.ended)
+            estimate.remember(timings, kind, follower.ended)
         return _result(root, run_id, folder, follower)
+
+
+def _check_parameters(pipeline: str, given: Mapping[str, Any], forms: Mapping[str, Any]) -> None:
+    own = ("recipe", "overrides", "evaluators", "shard_groups")
+    free = sorted(set(forms) - set(own))
+    if strangers := sorted(set(given) - set(free)):
+        raise RecipeError(
+            f"the pipeline '{pipeline}' has no parameter {', '.join(strangers)} to set here; it has {', '.join(free) or 'none'} "
+            "(groups and evaluators follow from --processes)"
+        )
+    if missing := [name for name in free if "defaultValue" not in forms[name] and name not in given]:
+        raise RecipeError(
+            f"the pipeline '{pipeline}' needs {', '.join(f'--parameter {name}=...' for name in missing)}: "
+            + "; ".join(f"{name} is the {forms[name].get('description', '')}" for name in missing)
+        )
 
 
 def execute(
@@ -96,8 +121,9 @@ def execute(
     folder: Path,
     follower: estimate.Estimate,
     console: Console | None = None,
+    lanes: int = estimate.LANES,
 ) -> None:
-    """Run a compiled package in the run folder `folder` and show its progress.
+    """Run a compiled package in the run folder `folder` and show its progress; of a loop, `lanes` tasks at a time.
 
     Leaves `log.txt` (all output of kfp and of the steps), `events.jsonl`, `job.json` and kfp's artifacts there.
 
@@ -107,7 +133,12 @@ def execute(
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tmp").mkdir(exist_ok=True)
     (folder / "package.yaml").write_text(package, encoding="utf-8")
-    job = {"package": str(folder / "package.yaml"), "arguments": arguments, "pipeline_root": str(folder / "artifacts")}
+    job = {
+        "package": str(folder / "package.yaml"),
+        "arguments": arguments,
+        "pipeline_root": str(folder / "artifacts"),
+        "lanes": lanes,
+    }
     (folder / "job.json").write_text(json.dumps(job, indent=1), encoding="utf-8")
     log, events = folder / "log.txt", folder / "events.jsonl"
     events.touch()
@@ -115,7 +146,7 @@ def execute(
         worker = subprocess.Popen(
             [sys.executable, "-m", "vlmflow.local_worker", str(folder / "job.json")],
             stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT,
-            env=_task_environment(folder, events), start_new_session=True,
+            env=_task_environment(folder, events, lanes), start_new_session=True,
         )  # fmt: skip
         failure: dict[str, Any] | None = None
         try:
@@ -208,15 +239,19 @@ def _explain(failure: dict[str, Any] | None, log: Path, code: int) -> VlmflowErr
 
 
 @contextlib.contextmanager
-def stack(state: Path, console: Console | None) -> Iterator[str]:
-    """Yield the store prefix: the user's, or that of the local stack, whose variables are set for the time of the run."""
+def stack(state: Path, console: Console | None, services: Sequence[str] | None = None) -> Iterator[str]:
+    """Yield the store prefix: the user's, or that of the local stack, whose variables are set for the time of the run.
+
+    `services`: those that are needed; None starts all of the stack.
+    """
     if root := os.environ.get("VLMFLOW_ROOT"):
         yield root
         return
     from vlmflow import local_stack
 
     say = (lambda text: console.print(text, markup=False)) if console else None
-    variables = local_stack.environment(local_stack.up(state, say))
+    info = local_stack.up(state, say, services or local_stack.SERVICES)
+    variables = local_stack.environment(info)
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -267,7 +302,7 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _task_environment(folder: Path, events: Path) -> dict[str, str]:
+def _task_environment(folder: Path, events: Path, lanes: int) -> dict[str, str]:
     """The environment of worker and tasks; credentials travel here and nowhere else."""
     package = str(Path(__file__).resolve().parents[1])
     path = [package, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
@@ -275,8 +310,8 @@ def _task_environment(folder: Path, events: Path) -> dict[str, str]:
         "VLMFLOW_SCRATCH": str(folder.parents[1] / "scratch"),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONWARNINGS": "ignore",
-        # Loops run estimate.LANES tasks at a time; more threads than cores make each wait for the other's.
-        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // estimate.LANES)),
+        # Loops run `lanes` tasks at a time; more threads than cores make each wait for the other's.
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // lanes)),
     }
     return {
         **defaults,
@@ -306,4 +341,19 @@ def _result(root: str, run_id: str, folder: Path, follower: estimate.Estimate) -
         summary = storage.read_json(storage.join(stored, "summary.json"))
     except NotFound:
         report, summary = None, {}
-    return RunResult(run_id, folder, report, summary, dict(follower.ended))
+    return RunResult(run_id, folder, report, summary, dict(follower.ended), _datasets(root, folder))
+
+
+def _datasets(root: str, folder: Path) -> dict[str, str]:
+    """Manifests that the run sealed: of each dataset the one with most layers."""
+    from vlmflow.dataset import manifest
+
+    found: dict[str, Any] = {}
+    for path in sorted((folder / "artifacts").rglob("data")):
+        made = manifest.load(str(path)) if path.is_file() else None
+        if made is None or not made.shards:
+            continue
+        if made.name not in found or len(made.layers) > len(found[made.name].layers):
+            found[made.name] = made
+    uris = {name: storage.join(root, "manifests", f"{made.digest}.json") for name, made in sorted(found.items())}
+    return {name: uri for name, uri in uris.items() if storage.exists(uri)}

@@ -46,13 +46,27 @@ def _terminate(number: int, frame: Any) -> None:
     os._exit(128 + number)
 
 
+def widen_loops(lanes: int) -> None:
+    """Let kfp.local run `lanes` tasks of a loop at a time. It never runs more than two and has no setting for it (platform.md
+    1.2, L8): two threads a level, so that nested loops do not multiply; these pipelines nest none."""
+    from kfp.local.orchestrator import enhanced_dag_orchestrator
+
+    class Wide(enhanced_dag_orchestrator.ParallelExecutor):
+        def __init__(self, max_workers: int | None = None) -> None:
+            super().__init__(max_workers)
+            self.conservative_max = self.max_workers = lanes
+
+    enhanced_dag_orchestrator.ParallelExecutor = Wide
+
+
 def main(job_path: str) -> int:
-    """Run the job: `package` (YAML path), `arguments`, `pipeline_root`. 0 when every task succeeded."""
+    """Run the job: `package` (YAML path), `arguments`, `pipeline_root`, `lanes`. 0 when every task succeeded."""
     signal.signal(signal.SIGTERM, _terminate)
     process_tree.die_with_parent()
     job = json.loads(Path(job_path).read_text(encoding="utf-8"))
     from kfp import components, local
 
+    widen_loops(int(job["lanes"]))
     warnings.simplefilter("ignore")  # display names and image names that only matter on a cluster
     pipeline = components.load_component_from_text(without_retries(Path(job["package"]).read_text(encoding="utf-8")))
     local.init(

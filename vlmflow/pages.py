@@ -44,7 +44,7 @@ def page(title: str, values: dict[str, Any], rows: Rows) -> str:
         parts.append(f"<table class='facts'>{body}</table>")
     if gallery:
         parts.append(gallery)
-    elif rows:
+    elif isinstance(rows, list) and rows:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         head = "".join(f"<th>{html.escape(str(c))}</th>" for c in columns)
         body = "".join("<tr>" + "".join(f"<td>{_cell(r.get(c, ''))}</td>" for c in columns) + "</tr>" for r in rows)

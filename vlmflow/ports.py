@@ -107,17 +107,27 @@ def get_manifests(**ports: Port | None) -> dict[str, Manifest]:
 
 
 def put_manifest(
-    ctx: Context, manifest: Manifest, out: Port, page: Port, metrics: Port, title: str, layer: str | None = None
+    ctx: Context,
+    manifest: Manifest,
+    out: Port,
+    page: Port,
+    metrics: Port,
+    title: str,
+    layer: str | tuple[str, ...] | None = None,
 ) -> None:
-    """Write a dataset artifact with a page that shows its sizes, the layer's summary and its first samples."""
+    """Write a dataset artifact with a page that shows its sizes, the layers' summaries and, of the first layer that it has,
+    its first samples."""
     write_object(manifest, out.path)
     out.metadata.update({"digest": manifest.digest, "samples": manifest.samples, "shards": len(manifest.shards)})
     values: dict[str, Any] = {"samples": manifest.samples, "shards": len(manifest.shards), "digest": manifest.digest}
-    if layer and layer in manifest.layers:
-        values |= manifest.layers[layer].summary
-    elif manifest.lineage:
+    named = (layer,) if isinstance(layer, str) else layer or ()
+    have = [name for name in named if name in manifest.layers]
+    for name in have:
+        summary = manifest.layers[name].summary
+        values |= summary if len(named) == 1 else {f"{name}.{key}": value for key, value in summary.items()}
+    if not have and manifest.lineage:
         values |= manifest.lineage[-1].summary
-    show(title, values, page, metrics, table=pages.preview(ctx, manifest, layer))
+    show(title, values, page, metrics, table=pages.preview(ctx, manifest, have[0] if have else None))
 
 
 def manifests_of(ctx: Context, model: ModelRef) -> dict[str, Manifest]:
@@ -136,9 +146,29 @@ def manifests_of(ctx: Context, model: ModelRef) -> dict[str, Manifest]:
     return dict(sorted(found.items()))
 
 
-def pull(ctx: Context, dataset: str, manifest: str = "", stage: str = "", candidate: str = "") -> Manifest:
+def pull_groups(ctx: Context, dataset: str, count: int) -> list[dict[str, Any]]:
+    """The groups that a dataset of the recipe is pulled in; one, empty, when the recipe has none of that name. Never an empty
+    list, because gathering the outputs of an empty loop crashes kfp.local (platform.md 1.2, L6)."""
+    from vlmflow.curation import pull as step
+
+    if dataset not in ctx.recipe.data:
+        return [{"name": "1", "first": 0, "shards": 0, "rows": 0}]
+    return step.plan_groups(ctx, dataset, count)
+
+
+def pull(
+    ctx: Context,
+    dataset: str,
+    manifest: str = "",
+    stage: str = "",
+    candidate: str = "",
+    group: Mapping[str, Any] | None = None,
+) -> Manifest:
     """Open the manifest that is given, else pull a dataset of the recipe; an empty dataset when the recipe has none of that
-    name, or the stage that it is for does not use it."""
+    name, or the stage that it is for does not use it.
+
+    With a `group` (of `pull_groups` above) only its shards are pulled; the call without one finds them and seals the manifest.
+    """
     from vlmflow.curation import pull as step
     from vlmflow.dataset.manifest import Manifest, load
 
@@ -146,7 +176,7 @@ def pull(ctx: Context, dataset: str, manifest: str = "", stage: str = "", candid
         return load(manifest)
     if dataset not in ctx.recipe.data or not used(ctx.recipe, dataset, stage, candidate):
         return Manifest(name=dataset, shards=[])
-    return step.run(ctx, dataset)
+    return step.run(ctx, dataset, group=group or None)
 
 
 def used(recipe: Recipe, dataset: str, stage: str, candidate: str = "") -> bool:

@@ -26,6 +26,7 @@ from vlmflow.ports import used
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
     from vlmflow.recipe import Recipe
+    from vlmflow.recipe.curation import OcrSpec
     from vlmflow.step import Context
 
 TIMEOUT = 10.0  # seconds for one probe over HTTP
@@ -192,7 +193,8 @@ def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, cand
         for name, spec in recipe.data.items()
         if needs.tables and name not in given and used(recipe, name, stage, candidate)
     }
-    benchmarks = recipe.evaluation.benchmarks if needs.benchmarks else {}
+    compared = needs.curation and recipe.curation.dataset and recipe.curation.contamination
+    benchmarks = recipe.evaluation.benchmarks if needs.benchmarks or compared else {}
     for dataset, spec in data.items():
         for name, source in spec.sources.items():
             field = f"data.{dataset}.sources.{name}"
@@ -297,7 +299,18 @@ def _services(ctx: Context) -> list[tuple[str, str]]:
             )
         _alive(web.without_credentials(url), f"{field}: the server that {variable} names")
         rows.append((f"endpoint of {field} answers", variable))  # its address may hold a key
-    return rows
+    return [*rows, *(_ocr(ctx.recipe.curation.ocr) if ctx.recipe.curation.dataset else [])]
+
+
+def _ocr(spec: OcrSpec) -> list[tuple[str, str]]:
+    """The OCR engine and where it runs. On a cluster the ocr step has an image and a node of its own: nothing to see here."""
+    if not os.environ.get("VLMFLOW_PROGRESS"):
+        return []
+    from vlmflow.curation.ocr_engine import choose_provider, engine_name, model_files
+
+    name = engine_name(spec.engine)
+    model_files()
+    return [("OCR engine and its models", f"{name} on {choose_provider(spec.provider)}")]
 
 
 def _training(ctx: Context) -> list[tuple[str, str]]:

@@ -157,7 +157,7 @@ def ours(url: str, n: int, concurrency: int, kib: int) -> tuple[list[str], str]:
     from types import SimpleNamespace
 
     from vlmflow.curation.ask import Asker, Script
-    from vlmflow.curation.openai_client import ChatRequest, Endpoint
+    from vlmflow.curation.chat_format import ChatRequest, Endpoint
 
     def script(number: int) -> Script:
         answer = yield ChatRequest(_prompt(number), (_image(number, kib),) if kib else (), max_tokens=80)

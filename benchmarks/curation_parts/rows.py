@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 SEED = 17
 DISTANCE = 6
 COPIES = 0.05  # share of rows that are a copy of another
+BORDERS = 0.3  # share of rows whose hash without border is another
 PROBLEMS = 0.03  # share of rows with a problem of their own
 SOURCES = ("web", "docs", "shop", "news")
 BAR = 4 * 2**30
@@ -143,6 +144,7 @@ def draw(rows: int) -> dict[str, Any]:
             turn < flips, flipped ^ (np.uint64(1) << rng.integers(0, 63, len(copies)).astype(np.uint64)), flipped
         )
     plain[copies] = flipped
+    trimmed = np.where(rng.random(rows) < BORDERS, rng.integers(1, 1 << 63, rows, dtype=np.uint64), plain)
     pixels = rng.integers(300_000, 2_000_000, rows)
     pixels[copies] = pixels[originals] // 2
     classes = np.array(["person", "text", "building", "food", "animal", "plant", "other"])
@@ -152,7 +154,8 @@ def draw(rows: int) -> dict[str, Any]:
         for word, n in zip(subject, rng.integers(0, rows, rows).tolist(), strict=True)
     ]
     return {
-        "of": of, "plain": plain, "pixels": pixels, "content": np.arange(1, rows + 1), "object": subject, "text": text,
+        "of": of, "plain": plain, "trimmed": trimmed, "pixels": pixels, "content": np.arange(1, rows + 1), "object": subject,
+        "text": text,
         "ppl": np.round(np.exp(rng.normal(3, 1, rows)), 3), "bad": rng.random(rows) < PROBLEMS,
         "language": np.where(rng.random(rows) < 0.9, "en", "de"),
     }  # fmt: skip
@@ -166,13 +169,15 @@ def layers(drawn: dict[str, Any]) -> dict[str, tuple[dict[str, str], dict[str, A
 
     rows = len(drawn["plain"])
     one = pa.array(np.arange(rows + 1, dtype=np.int32))
-    hashes = pa.ListArray.from_arrays(one, pa.array(drawn["plain"].view(np.int64)))
+    plain, trimmed = (
+        pa.ListArray.from_arrays(one, pa.array(drawn[name].view(np.int64))) for name in ("plain", "trimmed")
+    )
     offsets = np.concatenate([[0], np.cumsum(drawn["bad"])]).astype(np.int32)
     problems = pa.ListArray.from_arrays(pa.array(offsets), pa.array(["words 1 < 3"] * int(offsets[-1]), pa.string()))
     no_numbers = pa.nulls(rows, pa.int64())
     return {
         phash.LAYER: (phash.SCHEMA, {
-            "plain": hashes, "trimmed": hashes, "mirrored": hashes, "content": pa.array(drawn["content"]),
+            "plain": plain, "trimmed": trimmed, "mirrored": plain, "content": pa.array(drawn["content"]),
             "text": no_numbers, "turns": no_numbers, "pixels": pa.array(drawn["pixels"]),
         }),
         "fused": (fuse.SCHEMA, {"text": pa.array(drawn["text"]), "engine": pa.array(["rules"] * rows)}),
@@ -204,7 +209,9 @@ def dedup(folder: Path, rows: int) -> tuple[str, Callable[[], str]]:
         if missed := int((found[copies] < 0).sum()):
             raise SystemExit(f"dedup missed {missed} of {len(copies)} planted copies")
         gone = np.flatnonzero(found >= 0)
-        bits = np.bitwise_count(drawn["plain"][gone] ^ drawn["plain"][found[gone]])
+        bits = np.minimum(
+            *(np.bitwise_count(drawn[view][gone] ^ drawn[view][found[gone]]) for view in ("plain", "trimmed"))
+        )
         if (bits > DISTANCE).any() or (found[found[gone]] >= 0).any():
             raise SystemExit("dedup dropped a sample that is too far from the one that stays")
         return f"recall {len(copies):,} of {len(copies):,} planted copies; {len(gone) - len(copies)} found by chance"
@@ -258,9 +265,8 @@ def stats(folder: Path, rows: int) -> str:
 
 def gallery(folder: Path, rows: int) -> str:
     """Three pages: the first, the lowest perplexities among the dropped, and one far down."""
-    from vlmflow.look.gallery import Gallery
-
     from vlmflow.look import query
+    from vlmflow.look.gallery import Gallery
     from vlmflow.look.samples import Samples
     from vlmflow.look.table import open_table
 

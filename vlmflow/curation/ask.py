@@ -9,27 +9,22 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmflow import storage
-from vlmflow.curation.inputs import check_own_failures
-from vlmflow.curation.journal import Journal, sweep
-from vlmflow.curation.openai_client import ChatAnswer, ChatRequest, Client, Endpoint, fingerprint
-from vlmflow.dataset.layer import _layer_digest, add_layer, read_part
-from vlmflow.errors import ServiceError, StepFailed
+from vlmflow.curation.chat_format import ChatAnswer, ChatRequest, Endpoint, fingerprint
+from vlmflow.curation.journal import Journal
+from vlmflow.curation.openai_client import Client
+from vlmflow.errors import ServiceError
 
 if TYPE_CHECKING:
-    from vlmflow.dataset.manifest import LayerPart, Manifest
-    from vlmflow.dataset.shard import ShardReader
-    from vlmflow.recipe.curation import EndpointFields
     from vlmflow.step import Context
 
 Row = dict[str, Any]
 Script = Generator[ChatRequest, ChatAnswer, Row]
-Scripts = Callable[["ShardReader", dict[str, dict[str, Row]]], Iterator[Script]]
 COLUMNS = {"requests": "int", "prompt_tokens": "int", "completion_tokens": "int"}
 """What a row cost. A request that several samples of a shard share is counted at the first of them."""
 REMEMBERED = 2**16  # answers that later shards of the same run may share
@@ -37,7 +32,7 @@ REMEMBERED = 2**16  # answers that later shards of the same run may share
 
 def columns(*servers: str) -> dict[str, str]:
     """Cost columns of a step that asks these servers ("" and, for example, "repair")."""
-    return {_prefixed(server, name): kind for server in servers for name, kind in COLUMNS.items()}
+    return {prefixed(server, name): kind for server in servers for name, kind in COLUMNS.items()}
 
 
 def answered(row: Row) -> Script:
@@ -55,17 +50,9 @@ def finished(script: Script) -> Row:
     raise TypeError("the script asks something, and there is nobody to answer")
 
 
-def _prefixed(server: str, name: str) -> str:
+def prefixed(server: str, name: str) -> str:
+    """Name of a cost column of a server."""
     return f"{server}_{name}" if server else name
-
-
-def endpoint(spec: EndpointFields, seed: int, **others: Any) -> Endpoint:
-    """The endpoint that a section of the recipe describes; `others` replace what it says (another url_env, ...)."""
-    given: dict[str, Any] = {
-        "url_env": spec.endpoint_env, "key_env": spec.key_env, "model": str(spec.model_name),  # type: ignore[attr-defined]
-        "passing_limit": spec.failure_limit,  # type: ignore[attr-defined]
-    }  # fmt: skip
-    return Endpoint(**{**given, "concurrency": spec.concurrency, "seed": seed, **others})
 
 
 class Spent(NamedTuple):
@@ -235,79 +222,7 @@ def _costed(rows: Mapping[int, tuple[Row, list[Spent]]]) -> list[Row]:
                 "completion_tokens": answer.completion_tokens,
             }
             first = name not in seen
-            cost.update({_prefixed(server, column): n * first for column, n in tokens.items()})
+            cost.update({prefixed(server, column): n * first for column, n in tokens.items()})
             seen.add(name)
         out.append({**row, **cost})
     return out
-
-
-def add_asked_layer(
-    ctx: Context,
-    manifest: Manifest,
-    name: str,
-    *,
-    params: dict[str, Any],
-    version: int,
-    schema: Mapping[str, str],
-    endpoints: Mapping[str, Endpoint],
-    scripts: Scripts,
-    section: str,
-    failure_limit: float,
-    prices: Mapping[str, tuple[float | None, float | None]],
-    reads: Iterable[str] = (),
-    pictures: bool = False,
-    summary: Callable[[Manifest], dict[str, Any]] | None = None,
-) -> Manifest:
-    """Like `dataset.layer.add_layer`, the rows being made by scripts. Adds the cost columns and the summary's `failures`,
-    tokens and, where `prices` (server -> prices of a million prompt and completion tokens) are given, `cost`.
-
-    Raises:
-        ServiceError, RecipeError: an endpoint does not work or is not configured.
-        StepFailed: more of the samples that reached this step failed than `failure_limit`.
-    """
-    reads = tuple(reads)
-    schema = {**schema, **columns(*endpoints)}
-    journalled = f"{name}/{_layer_digest(manifest, name, params, version, schema, reads)[:24]}"
-    shards = {shard.uri: shard.sha256[:24] for shard in manifest.shards}
-    asker: Asker | None = None
-
-    def compute(reader: ShardReader, upstream: dict[str, dict[str, Row]]) -> list[Row]:
-        nonlocal asker
-        asker = asker or Asker(ctx, journalled, endpoints)  # a finished step needs no endpoint
-        return asker.rows(shards[reader.uri], scripts(reader, upstream), pictures)
-
-    def whole_summary(sealed: Manifest) -> dict[str, Any]:
-        reasons = check_own_failures(sealed, name, failure_limit, section, ctx.scratch)
-        paid = costs(sealed.layer(name).parts, prices, ctx.scratch)
-        return {"failures": reasons, **(summary(sealed) if summary else {}), **paid}
-
-    try:
-        sealed = add_layer(
-            ctx, manifest, name, params=params, version=version, schema=schema, compute=compute, reads=reads,
-            failure_limit=1.0, summary=whole_summary,
-        )  # fmt: skip
-    except StepFailed:
-        sweep(ctx, name)
-        raise
-    finally:
-        if asker:
-            asker.close()
-    sweep(ctx, name)
-    return sealed
-
-
-def costs(
-    parts: Iterable[LayerPart], prices: Mapping[str, tuple[float | None, float | None]], scratch: Any = None
-) -> dict[str, Any]:
-    """Requests and tokens of a layer by server, and what they cost where the recipe gives prices."""
-    total: Counter[str] = Counter(dict.fromkeys(columns(*prices), 0))
-    for part in parts:
-        for row in read_part(part, scratch).values():
-            for column in columns(*prices):
-                total[column] += row[column] or 0
-    found: dict[str, Any] = dict(total)
-    for server, (price_in, price_out) in prices.items():
-        if price_in is not None or price_out is not None:
-            read, written = total[_prefixed(server, "prompt_tokens")], total[_prefixed(server, "completion_tokens")]
-            found[_prefixed(server, "cost")] = round((read * (price_in or 0) + written * (price_out or 0)) / 1e6, 6)
-    return found

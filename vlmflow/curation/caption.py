@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from threading import Lock
 from typing import TYPE_CHECKING, Any
 
-from vlmflow.curation.ask import Script, add_asked_layer, answered, endpoint
+from vlmflow.curation.ask import Script, answered
+from vlmflow.curation.asked_layer import add_asked_layer, endpoint
+from vlmflow.curation.chat_format import ChatRequest
 from vlmflow.curation.checks import is_refusal
-from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures, scorer
-from vlmflow.curation.openai_client import ChatRequest
+from vlmflow.curation.inputs import check_own_failures, check_pictures, picture_windows, pictures, scorer
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError, RecipeError
 from vlmflow.models import store
@@ -113,7 +114,7 @@ def _script(reader: ShardReader, key: str, spec: Any) -> Script:
     """Ask for one caption. The sample is read here, beside the asking, and dropped with the row."""
     sample = reader.read(key)
     try:
-        pictures(sample)  # a picture that we cannot read must not cost a request
+        check_pictures(sample)  # a picture that we cannot read must not cost a request
     except DataError as error:
         return answered({"key": key, "error": str(error)})
 

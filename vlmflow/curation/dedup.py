@@ -95,7 +95,7 @@ def _order(table: Any) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Samples:
-    """What samples are compared by, (n,) each: first image's hashes, digests (0 = none) and the lists of all hashes.
+    """What samples are compared by, (n,) each: one image's hashes, digests (0 = none) and the lists of all hashes.
 
     `group` is what must agree beside the images: their number and, where it counts, the wording. `hashed` tells whose
     images can be compared by hash.
@@ -124,7 +124,7 @@ class _Samples:
         hashed = count > 0
         hashed[owner[values == 0]] = False
         hashed &= by_hash
-        rows = np.arange(len(count), dtype=np.uint64)
+        rows, place = np.arange(len(count), dtype=np.uint64), _telling(plain)
         words = _mix(texts.view(np.uint64), said.view(np.uint64))
         unsaid = (texts == 0) & (said == 0)
         signature = np.select(
@@ -136,7 +136,18 @@ class _Samples:
             ],
             _mix(rows, np.uint64(4)),
         )
-        return _Samples(_first(plain), _first(trimmed), plain, trimmed, count, content, texts, group, signature, hashed)
+        return _Samples(
+            _picked(plain, place),
+            _picked(trimmed, place),
+            plain,
+            trimmed,
+            count,
+            content,
+            texts,
+            group,
+            signature,
+            hashed,
+        )
 
     def take(self, rows: np.ndarray) -> _Samples:
         """The samples at `rows`, in that order."""
@@ -226,12 +237,25 @@ def _cliques(ids: np.ndarray) -> dict[int, list[int]]:
     return found
 
 
-def _first(lists: Any) -> np.ndarray:
-    """First value of each list; 0 of an empty one."""
+def _telling(plain: Any) -> np.ndarray:
+    """Which image of each sample is looked up: of samples with as many images the place at which most pictures differ.
+    Thousands of documents may share their first page, and all pairs of them would have to be compared."""
+    starts, values = plain.offsets.to_numpy()[:-1], plain.values.to_numpy()
+    counts = plain.value_lengths().to_numpy(zero_copy_only=False)
+    place = np.zeros(len(starts), dtype=np.int64)
+    for count in np.unique(counts[counts > 1]).tolist():
+        alike = np.flatnonzero(counts == count)
+        distinct = [len(np.unique(values[starts[alike] + i])) for i in range(count)]
+        place[alike] = int(np.argmax(distinct))
+    return place
+
+
+def _picked(lists: Any, place: np.ndarray) -> np.ndarray:
+    """The value at a place of each list; 0 of an empty one."""
     offsets, values = lists.offsets.to_numpy(), lists.values.to_numpy().view(np.uint64)
     found = np.zeros(len(offsets) - 1, dtype=np.uint64)
     filled = offsets[1:] > offsets[:-1]
-    found[filled] = values[offsets[:-1][filled]]
+    found[filled] = values[(offsets[:-1] + place)[filled]]
     return found
 
 

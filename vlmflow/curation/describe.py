@@ -11,12 +11,13 @@ from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmflow.curation import prompts
-from vlmflow.curation.ask import Row, Script, add_asked_layer, answered, endpoint, finished
+from vlmflow.curation.ask import Row, Script, answered, finished
+from vlmflow.curation.asked_layer import add_asked_layer, endpoint
 from vlmflow.curation.caption import Lazy
-from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures, scorer
+from vlmflow.curation.chat_format import ChatAnswer, ChatRequest
+from vlmflow.curation.inputs import check_own_failures, check_pictures, picture_windows, pictures, scorer
 from vlmflow.curation.long_text import MENDED, joined, length, problems, refuses, repair_problems
 from vlmflow.curation.long_text import finished as cut
-from vlmflow.curation.openai_client import ChatAnswer, ChatRequest
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError, RecipeError
 from vlmflow.models import store
@@ -129,7 +130,7 @@ def _written(images: tuple[bytes, ...], spec: DescribeSpec, seed: int) -> Genera
 
 def _by_endpoint(sample: Sample, spec: DescribeSpec, seed: int) -> Script:
     try:
-        pictures(sample)  # a picture that we cannot read must not cost a request
+        check_pictures(sample)  # a picture that we cannot read must not cost a request
     except DataError as error:
         return answered({"key": sample.key, "error": str(error)})
 

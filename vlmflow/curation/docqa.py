@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation import prompts
-from vlmflow.curation.ask import Row, Script, add_asked_layer, answered, endpoint
+from vlmflow.curation.ask import Row, Script, answered
+from vlmflow.curation.asked_layer import add_asked_layer, endpoint
+from vlmflow.curation.chat_format import ChatRequest
 from vlmflow.curation.docqa_text import read, sift
 from vlmflow.curation.inputs import UPSTREAM
-from vlmflow.curation.openai_client import ChatRequest
 from vlmflow.dataset.layer import read_part
 
 if TYPE_CHECKING:

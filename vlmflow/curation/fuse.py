@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation import prompts
 from vlmflow.curation.alt_text import clean_alt
-from vlmflow.curation.ask import Row, Script, add_asked_layer, answered, endpoint, finished
+from vlmflow.curation.ask import Row, Script, answered, finished
+from vlmflow.curation.asked_layer import add_asked_layer, endpoint
+from vlmflow.curation.chat_format import ChatRequest
 from vlmflow.curation.checks import Limits, duplicates, problems
 from vlmflow.curation.fusion_rules import CONNECTORS, fuse
 from vlmflow.curation.inputs import check_own_failures, text_of
-from vlmflow.curation.openai_client import ChatRequest
 from vlmflow.dataset.layer import add_layer, read_part
 
 if TYPE_CHECKING:

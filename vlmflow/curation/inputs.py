@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from vlmflow import storage
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 UPSTREAM = "upstream: "
 WINDOW = 256  # samples whose decoded pictures are in memory together, at most ...
+SCORED = 2048  # samples that are sorted by length and scored together, at most ...
+BYTES = 256 * 2**20  # ... and the bytes of their tiles, at most, if more than one; two such windows are in memory
 PIXELS = 128 * 2**20  # ... and their pixels, at most, if more than one (three bytes each)
 
 T = TypeVar("T")
@@ -31,11 +34,37 @@ Built = TypeVar("Built")
 
 
 def scorer(ctx: Context, built: Built) -> ModelRef | Built:
-    """POINTS' P: the model that captions and scores. The one the recipe names, else the one built by this run."""
-    from vlmflow.models.store import MARKER, load_ref
+    """POINTS' P: the model that captions and scores. The one the recipe names, else the one built by this run.
 
-    named = ctx.recipe.curation.scorer
-    return load_ref(storage.join(named, MARKER)) if named else built
+    A folder without a model.json is one of transformers' own (a download of the Hugging Face hub, say); its files are hashed.
+    """
+    from vlmflow.models import store
+
+    if not (named := ctx.recipe.curation.scorer):
+        return built
+    marker = storage.join(named, store.MARKER)
+    return store.load_ref(marker) if storage.exists(marker) else store.plain_folder(named, ctx.scratch)
+
+
+def prepared_windows(samples: Iterable[Sample], prepare: Callable[[Sample], T]) -> Iterator[list[T]]:
+    """Successive lists of what `prepare` makes of the samples, in order: in threads, and a list ahead of the one in use.
+
+    A list holds at most SCORED results and about BYTES of them (their `nbytes`); that is a function of the samples alone.
+    """
+    from vlmflow.models.inference import in_threads
+
+    made = in_threads(prepare, samples)
+    return ahead(weighed(made, lambda item: int(getattr(item, "nbytes", 0)), SCORED, BYTES))
+
+
+def ahead(items: Iterator[T]) -> Iterator[T]:
+    """The same items; each is made by another thread while the one before it is used."""
+    end = object()
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(next, items, end)
+        while (item := coming.result()) is not end:
+            coming = pool.submit(next, items, end)
+            yield item  # type: ignore[misc]
 
 
 def windows(items: Iterable[T], size: int = WINDOW) -> Iterator[list[T]]:
@@ -72,17 +101,25 @@ def pictures(sample: Sample) -> list[Image]:
     Raises:
         DataError: it has none, or one cannot be decoded. The message is the reason that goes into a layer.
     """
-    from vlmflow.vision.image import decode
+    return list(_decoded(sample, None))
+
+
+def check_pictures(sample: Sample) -> None:
+    """Raise DataError as `pictures` would. JPEGs are decoded at 1/8: their whole bit stream, for a third of the time."""
+    for _ in _decoded(sample, lambda width, height: (1, 1)):
+        pass
+
+
+def _decoded(sample: Sample, least: Callable[[int, int], tuple[int, int]] | None) -> Iterator[Image]:
+    from vlmflow.vision.image import decode_scaled
 
     if not sample.images:
         raise DataError("no image")
-    out = []
     for data in sample.images:
         try:
-            out.append(decode(data))
+            yield decode_scaled(data, least).image
         except DataError as error:
             raise DataError(f"image cannot be decoded ({type(error.__cause__ or error).__name__})") from error
-    return out
 
 
 def text_of(

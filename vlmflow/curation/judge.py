@@ -13,9 +13,10 @@ from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vlmflow.curation import prompts
-from vlmflow.curation.ask import Row, Script, add_asked_layer, answered, endpoint
+from vlmflow.curation.ask import Row, Script, answered
+from vlmflow.curation.asked_layer import add_asked_layer, endpoint
+from vlmflow.curation.chat_format import ChatAnswer, ChatRequest
 from vlmflow.curation.inputs import UPSTREAM, text_of
-from vlmflow.curation.openai_client import ChatAnswer, ChatRequest
 from vlmflow.curation.turns import MARKER
 from vlmflow.dataset.layer import read_part
 from vlmflow.evaluation import match

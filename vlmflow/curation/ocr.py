@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.ocr_engine import Settings, choose_provider, engine_name, model_files
 from vlmflow.curation.ocr_workers import Workers
-from vlmflow.dataset.layer import add_layer, read_layer
+from vlmflow.dataset.layer import add_layer, read_columns
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.digest import sha256_file
 
@@ -66,12 +66,18 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
 
 
 def _summary(manifest: Manifest, scratch: Path) -> dict[str, Any]:
-    rows = read_layer(manifest, LAYER, scratch).values()
-    with_text = [row for row in rows if row["text"]]
+    samples, with_text, characters, scores, languages = 0, 0, 0, 0.0, Counter[str]()
+    for part in manifest.layer(LAYER).parts:  # one at a time: a million rows with their boxes do not fit in memory
+        table = read_columns(part, scratch, ["text", "score", "language"])
+        samples += len(table)
+        for text, score, language in zip(*(table[name].to_pylist() for name in table.column_names), strict=True):
+            if text:
+                with_text, characters, scores = with_text + 1, characters + len(text), scores + score
+                languages[language or "none"] += 1
     return {
-        "samples": len(rows),
-        "with_text": len(with_text),
-        "characters": sum(len(row["text"]) for row in with_text),
-        "languages": dict(sorted(Counter(row["language"] or "none" for row in with_text).items())),
-        "mean_score": round(sum(row["score"] for row in with_text) / len(with_text), 4) if with_text else None,
+        "samples": samples,
+        "with_text": with_text,
+        "characters": characters,
+        "languages": dict(sorted(languages.items())),
+        "mean_score": round(scores / with_text, 4) if with_text else None,
     }

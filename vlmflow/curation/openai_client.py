@@ -8,61 +8,27 @@ neither value appears in a message, parameter or layer.
 from __future__ import annotations
 
 import asyncio
-import base64
-import hashlib
-import json
 import os
 import time
 from collections import deque
-from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
-from functools import lru_cache
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from vlmflow.curation.chat_format import (
+    ChatAnswer,
+    ChatRequest,
+    Endpoint,
+    Malformed,
+    answer_in,
+    body_of,
+    fingerprint,
+    message_in,
+)
 from vlmflow.errors import RecipeError, ServiceError
 
 ANSWER_LIMIT = 2**24  # bytes of one answer
 RETRY_AFTER_LIMIT = 300.0  # seconds: a server that asks for a longer pause is asked again after this
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where and how to ask. Times in seconds."""
-
-    url_env: str  # name of the variable with the base URL, up to and with /v1
-    key_env: str  # name of the variable with the key; unset = no key is sent
-    model: str
-    concurrency: int = 64
-    attempts: int = 6  # per request, over timeouts, 5xx, malformed answers; twice that for 429/503 in a row
-    timeout: float = 120.0
-    backoff: float = 0.5  # first pause, doubled each time
-    max_backoff: float = 30.0
-    seed: int = 0
-    passing_limit: float = 1.0  # largest share of requests that may be lost to causes that pass (timeouts, 5xx)
-
-
-@dataclass(frozen=True)
-class ChatRequest:
-    """One user turn: instruction and encoded pictures (JPEG, PNG, WebP, sent as they are)."""
-
-    prompt: str
-    images: tuple[bytes, ...] = ()
-    max_tokens: int = 80
-    seed: int | None = None  # default: the endpoint's
-    to: str = ""  # which of a step's servers
-
-
-@dataclass(frozen=True)
-class ChatAnswer:
-    """The model's text, or why there is none for this request alone."""
-
-    text: str = ""
-    finish: str = ""  # stop | length | content_filter | ... as the server says
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    error: str | None = None
-    passing: bool = False  # the error may be gone when the same request is sent later
 
 
 class _Again(Exception):
@@ -155,7 +121,7 @@ class Client:
                 the model, keeps limiting the rate, or gives nothing but errors. What concerns this request alone comes
                 back in the answer's `error`.
         """
-        body, endpoint, pace = _body(self.endpoint, request), self.endpoint, self._pace
+        body, endpoint, pace = body_of(self.endpoint, request), self.endpoint, self._pace
         headers = {"Idempotency-Key": name or fingerprint(endpoint, request)}
         tries, answered = {"limited": 0, "other": 0}, self.answered
         while True:
@@ -200,8 +166,11 @@ class Client:
         except aiohttp.ClientError as error:
             raise _Again(type(error).__name__, "connection") from None
         if status == 200:
-            return _parse(raw, self._secrets)
-        return self._refused(status, _message(raw, self._secrets), after)
+            try:
+                return answer_in(raw, self._secrets)
+            except Malformed as error:
+                raise _Again(str(error), "malformed") from None
+        return self._refused(status, message_in(raw, self._secrets), after)
 
     def _refused(self, status: int, said: str, after: str | None) -> ChatAnswer:
         """The error of this request alone; raises _Again for what passes and ServiceError for what concerns all."""
@@ -274,42 +243,6 @@ def _address(endpoint: Endpoint) -> str:
     return parts._replace(path=path, fragment="").geturl()
 
 
-@lru_cache(maxsize=256)
-def _settings(model: str, max_tokens: int, seed: int) -> bytes:
-    return json.dumps({"model": model, "max_tokens": max_tokens, "temperature": 0, "seed": seed}).encode()
-
-
-def _settings_of(endpoint: Endpoint, request: ChatRequest) -> bytes:
-    return _settings(endpoint.model, request.max_tokens, endpoint.seed if request.seed is None else request.seed)
-
-
-def fingerprint(endpoint: Endpoint, request: ChatRequest) -> str:
-    """What makes two requests the same: model, settings, words and pictures; not the address. 64 hex digits.
-
-    Identical requests are asked once, answers are journalled under it, and it is sent as Idempotency-Key.
-    """
-    name = hashlib.sha256(_settings_of(endpoint, request) + json.dumps(request.prompt).encode())
-    for image in request.images:
-        name.update(hashlib.sha256(image).digest())
-    return name.hexdigest()
-
-
-def _body(endpoint: Endpoint, request: ChatRequest) -> bytes:
-    """The request as JSON. Pictures are put in as base64 without a second pass of escaping: it holds no such characters."""
-    words = json.dumps(request.prompt).encode()
-    if request.images:
-        parts = [b'{"type": "image_url", "image_url": {"url": "%b"}}' % data_url(image) for image in request.images]
-        words = b"[%b]" % b", ".join([*parts, b'{"type": "text", "text": %b}' % words])
-    messages = b', "messages": [{"role": "user", "content": %b}]}' % words
-    return _settings_of(endpoint, request)[:-1] + messages
-
-
-def data_url(image: bytes) -> bytes:
-    """The picture as a data: URL; its type is read from its first bytes."""
-    kind = b"png" if image[:4] == b"\x89PNG" else b"webp" if image[8:12] == b"WEBP" else b"jpeg"
-    return b"data:image/%b;base64,%b" % (kind, base64.b64encode(image))
-
-
 async def _read(response: Any) -> bytes:
     """The whole body, which may be no larger than ANSWER_LIMIT."""
     size = response.content_length
@@ -321,44 +254,6 @@ async def _read(response: Any) -> bytes:
         if len(raw) > ANSWER_LIMIT:
             raise _Again(f"an answer over {ANSWER_LIMIT} bytes", "malformed")
     return bytes(raw)
-
-
-def _parse(raw: bytes, secrets: list[str]) -> ChatAnswer:
-    try:
-        data = json.loads(raw)
-        choice = data["choices"][0]
-        message = choice["message"]
-        text = message.get("content") or message.get("refusal") or ""
-        usage = data.get("usage") or {}
-        if not isinstance(text, str):
-            raise TypeError
-        finish = "content_filter" if message.get("refusal") else str(choice.get("finish_reason") or "")
-        return ChatAnswer(
-            text=_masked(text, secrets).strip(),
-            finish=finish,
-            prompt_tokens=int(usage.get("prompt_tokens") or 0),
-            completion_tokens=int(usage.get("completion_tokens") or 0),
-        )
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
-        raise _Again("malformed answer (not a chat completion in JSON)", "malformed") from None
-
-
-def _message(raw: bytes, secrets: list[str]) -> str:
-    """The server's own words, shortened, without key and password."""
-    try:
-        data = json.loads(raw)
-        error = data.get("error", data) if isinstance(data, dict) else data
-        text = error.get("message", "") if isinstance(error, dict) else str(error)
-    except ValueError:
-        text = raw[:200].decode("utf-8", "replace")
-    return " ".join(_masked(str(text), secrets).split())[:200]
-
-
-def _masked(text: str, secrets: list[str]) -> str:
-    """A server may say again what it was sent."""
-    for secret in secrets:
-        text = text.replace(secret, "***")
-    return text
 
 
 def _seconds(header: str | None) -> float | None:

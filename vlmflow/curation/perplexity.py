@@ -9,11 +9,12 @@ packing of a batch changes, so that the layer does not depend on what a sample w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.caption import Lazy
-from vlmflow.curation.inputs import check_own_failures, picture_windows, pictures, scorer, text_of
+from vlmflow.curation.inputs import check_own_failures, pictures, prepared_windows, scorer, text_of
 from vlmflow.curation.prompts import scoring_prompt
 from vlmflow.dataset.layer import add_layer, read_part
 from vlmflow.errors import DataError
@@ -21,14 +22,15 @@ from vlmflow.models import store
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
+    from vlmflow.dataset.sample import Sample
     from vlmflow.dataset.shard import ShardReader
     from vlmflow.models.store import ModelRef
     from vlmflow.step import Context
 
 LAYER = "ppl"
-VERSION = 2  # 2: pictures upright and on white, as in training
+VERSION = 3  # 3: six digits, bits that do not depend on the packing; 2: pictures upright and on white, as in training
 SCHEMA = {"ppl": "float", "nll": "float", "tokens": "int"}
-DIGITS = 5  # significant digits kept of nll (nats, summed) and ppl
+DIGITS = 6  # significant digits kept of nll (nats, summed) and ppl
 Row = dict[str, Any]
 
 
@@ -49,20 +51,18 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef) -> Manifest:
     vlm = Lazy(ctx, model)
 
     def compute(reader: ShardReader, upstream: dict[str, dict[str, Row]]) -> Iterator[Row]:
-        for window in picture_windows(reader):
-            ready: list[tuple[str, list[Any], str]] = []
-            for sample in window:
-                key = sample.key
-                text, missing = text_of(spec.text, key, sample.meta, upstream)
-                if missing:
-                    yield {"key": key, "error": missing}
-                    continue
-                try:
-                    ready.append((key, pictures(sample), text))
-                except DataError as error:
-                    yield {"key": key, "error": str(error)}
-            if ready:
-                yield from _score(ready, vlm(), prompt, spec.batch_tokens)
+        def ready(sample: Sample) -> _Ready:
+            text, missing = text_of(spec.text, sample.key, sample.meta, upstream)
+            if missing:
+                return _Ready(sample.key, error=missing)
+            try:
+                images = pictures(sample)
+            except DataError as error:
+                return _Ready(sample.key, error=str(error))
+            return _prepared(vlm(), sample.key, images, prompt, text)
+
+        for window in prepared_windows(reader, ready):
+            yield from _rows(vlm, window, spec.batch_tokens)
 
     def summary(sealed: Manifest) -> dict[str, Any]:
         reasons = check_own_failures(sealed, LAYER, spec.failure_limit, "curation.perplexity", ctx.scratch)
@@ -74,21 +74,35 @@ def run(ctx: Context, manifest: Manifest, model: ModelRef) -> Manifest:
     )  # fmt: skip
 
 
-def _score(ready: list[tuple[str, list[Any], str]], vlm: Any, prompt: str, batch_tokens: int) -> Iterator[Row]:
+@dataclass(frozen=True)
+class _Ready:
+    """A sample as the model takes it, or the reason why it does not."""
+
+    key: str
+    item: Any = None
+    error: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return int(getattr(self.item, "nbytes", 0))
+
+
+def _prepared(model: Any, key: str, images: list[Any], prompt: str, text: str) -> _Ready:
     from vlmflow.models.inference import ScoreRequest
 
-    requests = [ScoreRequest(images=images, prompt=prompt, target=text) for _, images, text in ready]
     try:
-        scores = vlm.score(requests, batch_tokens=batch_tokens)
-    except DataError:  # a text that this model cannot take, e.g. one that spells an image token: find it
-        for sample in ready:
-            if len(ready) == 1:
-                yield {"key": sample[0], "error": "the model cannot take the text (it spells a special token)"}
-            else:
-                yield from _score([sample], vlm, prompt, batch_tokens)
-        return
-    for (key, _, _), score in zip(ready, scores, strict=True):
-        yield row(key, score.nll, score.tokens)
+        return _Ready(key, model.prepare(ScoreRequest(images, prompt, text), key))
+    except DataError as error:
+        reason = str(error).removeprefix(f"sample '{key}': ")  # equal reasons are counted together
+        return _Ready(key, error=f"the model cannot take the text: {reason}")
+
+
+def _rows(vlm: Callable[[], Any], window: list[_Ready], batch_tokens: int) -> Iterator[Row]:
+    scored = [ready for ready in window if ready.error is None]
+    yield from ({"key": ready.key, "error": ready.error} for ready in window if ready.error is not None)
+    scores = vlm().score([ready.item for ready in scored], batch_tokens=batch_tokens) if scored else []
+    for ready, score in zip(scored, scores, strict=True):
+        yield {"key": ready.key, "error": score.error} if score.error else row(ready.key, score.nll, score.tokens)
 
 
 def row(key: str, nll: float, tokens: int) -> Row:

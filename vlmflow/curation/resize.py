@@ -76,7 +76,9 @@ def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         return image
     cv2 = _opencv()
     # a linear interpolation that reduces r times needs a filter with the variance of a box of r pixels, less its own
-    sigmas = [max((have / want) ** 2 - 1, 1e-3) ** 0.5 / _SHARPNESS for have, want in zip(image.size, size, strict=True)]
+    sigmas = [
+        max((have / want) ** 2 - 1, 1e-3) ** 0.5 / _SHARPNESS for have, want in zip(image.size, size, strict=True)
+    ]
     pixels = np.asarray(image)
     if max(sigmas) > _NO_BLUR:
         pixels = cv2.GaussianBlur(pixels, (3, 3), sigmas[0], sigmaY=sigmas[1])

@@ -98,7 +98,7 @@ def add_layer(
 
     with ctx.progress(name, manifest.samples, "samples") as progress, ThreadPoolExecutor(max(1, workers)) as pool:
         parts = list(pool.map(one, range(len(manifest.shards))))
-    layer = LayerRef(step=name, digest=layer_digest, params=params, parts=parts)
+    layer = LayerRef(step=name, digest=layer_digest, params=params, version=version, parts=parts)
     draft = _with_layer(manifest, name, layer)
     if ctx.parts_only:
         return draft
@@ -189,7 +189,7 @@ def _seal_global(
     over = {**params, "manifest": [shard.sha256 for shard in manifest.shards]}
     layer_digest = _layer_digest(manifest, name, over, version, schema, reads)
     parts = list(write(lambda shard: _part_uri(ctx.root, name, layer_digest, shard)))
-    layer = LayerRef(step=name, digest=layer_digest, params=params, parts=parts)
+    layer = LayerRef(step=name, digest=layer_digest, params=params, version=version, parts=parts)
     about = summary(_with_layer(manifest, name, layer)) if callable(summary) else summary or {}
     return _seal(ctx, manifest, name, layer.model_copy(update={"summary": about}))
 

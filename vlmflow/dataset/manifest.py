@@ -70,11 +70,12 @@ class LayerPart(_Frozen):
 
 
 class LayerRef(_Frozen):
-    """What one step computed: parts in shard order; ``digest`` covers step, version, parameters and layers read."""
+    """What one step computed: parts in shard order; ``digest`` covers step, version (of its code), parameters and layers read."""
 
     step: str
     digest: str
     params: dict[str, Any]
+    version: int | None = None
     parts: list[LayerPart]
     summary: dict[str, Any] = Field(default_factory=dict)
 

@@ -45,13 +45,16 @@ def link(url: Any) -> Safe:
     return el("a", text, href=text, rel="noopener noreferrer nofollow", target="_blank") if safe else el("span", text)
 
 
-def card(row: Mapping[str, Any], table: Table, picture: Safe | None, sort: str = "", to: str | None = None) -> Safe:
-    """One sample. `picture` is its image element; `to` the address of its own page."""
+def card(row: Mapping[str, Any], table: Table, picture: Safe | None, asked: Query, to: str | None = None) -> Safe:
+    """One sample. `picture` is its image element, None for text alone; `to` the address of its own page."""
+    sort = asked.sort
     words: list[Safe] = []
     scores: list[tuple[str, Any]] = []
     for name, column in table.columns.items():
         value = row.get(name)
         if value is None or value == [] or name in FIXED or name in _UNSHOWN:
+            continue
+        if asked.show and column.layer not in asked.show and name != sort:
             continue
         if name.endswith(".error"):
             if str(value).startswith(UPSTREAM):  # told by the layer that failed
@@ -76,14 +79,14 @@ def card(row: Mapping[str, Any], table: Table, picture: Safe | None, sort: str =
     name = el("a", key, href=to, cls="key") if to else el("span", key, cls="key")
     badge = tag(state, _BADGES.get(state, "")) if state != "undecided" else ""
     many = row.get("sample.images") or 0
-    pic: list[Any] = [picture if picture is not None else el("span", "no picture", cls="text-only")]
-    if many > 1:
-        pic.append(tag(f"1 of {many}"))
-    frame = el("a", *pic, href=to, cls="pic", tabindex="-1") if to else el("div", *pic, cls="pic")
+    frame: Safe | str = ""
+    if picture is not None:
+        pic = [picture, tag(f"1 of {many}") if many > 1 else ""]
+        frame = el("a", *pic, href=to, cls="pic", tabindex="-1") if to else el("div", *pic, cls="pic")
     body: list[Any] = [el("div", name, badge, cls="head")]
     if row.get("reason"):
         body.append(el("p", row["reason"], cls="why"))
-    if row.get("sample.url"):
+    if row.get("sample.url") and (not asked.show or SAMPLE in asked.show):
         words.append(el("div", link(row["sample.url"]), cls="from", title=row["sample.url"]))
     body += [el("div", *words, cls="words") if words else "", el("div", tag(row["source"]), *chips, cls="scores")]
     return el("article", frame, el("div", *body, cls="in"), cls=f"card {state}")
@@ -145,6 +148,20 @@ def facet_list(facets: Sequence[Facet], query: Query) -> Safe:
         ]
         parts += [el("h3", {"error": "failed in"}.get(facet.title, facet.title)), *entries]
     return join(parts)
+
+
+def layer_list(table: Table, query: Query) -> Safe:
+    """Layers whose texts and scores cards show; a click takes one in or out."""
+    entries = []
+    for layer in table.layers:
+        on = layer in query.show
+        shown = tuple(name for name in query.show if name != layer) if on else (*query.show, layer)
+        title = "alt text, URL" if layer == SAMPLE else layer
+        cls = "facet on" if on else "facet"
+        entries.append(
+            el("a", el("span", title), href=query.url(show=shown), cls=cls, aria_current="true" if on else None)
+        )
+    return join([el("h3", "show on cards" if query.show else "show on cards (all)"), *entries])
 
 
 def search_form(table: Table, query: Query) -> Safe:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest
 
 STORE = "VLMFLOW_S3_ENDPOINT"
+SERVICES = ("s3",)  # of the local stack; who looks at data needs no registry
 
 
 @contextmanager
@@ -49,7 +50,7 @@ def store(state: Path, address: str) -> Iterator[None]:
         os.environ.setdefault("VLMFLOW_SCRATCH", str(state / "scratch"))
     with ExitStack() as open_contexts:
         if _remote(address) or address.startswith("models:/"):
-            _start(state, open_contexts)
+            _start(state, open_contexts, None if address.startswith("models:/") else SERVICES)
         yield
 
 
@@ -62,11 +63,11 @@ def _uris(made: Manifest) -> Iterator[str]:
     yield from (part.uri for layer in made.layers.values() for part in layer.parts[:1])
 
 
-def _start(state: Path, open_contexts: ExitStack) -> None:
+def _start(state: Path, open_contexts: ExitStack, services: tuple[str, ...] | None = SERVICES) -> None:
     if os.environ.get(STORE) or not (state / "runs").exists():
         return  # the user's store; without one and without a state folder the store's own message says what is missing
     from rich.console import Console
 
     from vlmflow import local
 
-    open_contexts.enter_context(local.stack(state, Console(highlight=False, stderr=True)))
+    open_contexts.enter_context(local.stack(state, Console(highlight=False, stderr=True), services))

@@ -12,7 +12,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.errors import DataError, VlmflowError
-from vlmflow.look import cards, one, query
+from vlmflow.look import cards, failed, one, query
 from vlmflow.look.pictures import Thumbnails
 from vlmflow.look.style import CSS, SCRIPT
 from vlmflow.report.html import Safe, el, join
@@ -35,6 +35,7 @@ class Gallery:
         self.manifest, self.table, self.samples = manifest, table, samples
         self.thumbnails = Thumbnails()
         self._con = table.connect()
+        self._failed = failed.total(self._con)
         self._known: OrderedDict[query.Query, tuple[int, list[query.Facet]]] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -45,6 +46,9 @@ class Gallery:
         """Status, content type and body for an address. Raises DataError for a question that makes no sense."""
         if path == "/":
             return HTTPStatus.OK, "text/html; charset=utf-8", self.index(query.parse(pairs, self.table)).encode()
+        if path == "/failed":
+            body = failed.body(self._con.cursor(), pairs)
+            return HTTPStatus.OK, "text/html; charset=utf-8", self._page("rows that failed", body).encode()
         if path == "/look.css":
             return HTTPStatus.OK, "text/css; charset=utf-8", CSS.encode()
         if path == "/look.js":
@@ -65,7 +69,7 @@ class Gallery:
         rows = query.page(con, self.table, q)
         first = (q.page - 1) * q.per + 1
         shown = [
-            cards.card(row, self.table, self._picture(row), q.sort, "/sample" + q.url(page=first + i, per=1))
+            cards.card(row, self.table, self._picture(row), q, "/sample" + q.url(page=first + i, per=1))
             for i, row in enumerate(rows)
         ]
         column = self.table.columns.get(q.sort)
@@ -94,8 +98,10 @@ class Gallery:
             results.append(el("div", el("span", cls="grow"), pager, cls="bar"))
         side = [cards.search_form(self.table, q)]
         if q.filters() != query.Query():
-            side.append(el("p", el("a", "clear all filters", href=query.Query(sort=q.sort, order=q.order).url())))
-        side.append(cards.facet_list(facets, q))
+            side.append(
+                el("p", el("a", "clear all filters", href=query.Query(sort=q.sort, order=q.order, show=q.show).url()))
+            )
+        side += [cards.facet_list(facets, q), cards.layer_list(self.table, q)]
         keys = (("←", ""), ("→", " page  "), ("j", ""), ("k", " card  "), ("Enter", " open  "), ("/", " search"))
         side.append(el("p", *(join([el("kbd", key), does, " "]) for key, does in keys), cls="hint"))
         body = el("main", el("aside", *side, id="filters"), el("div", *results, cls="results"), cls="look")
@@ -138,6 +144,7 @@ class Gallery:
             "header",
             el("h1", manifest.name),
             *(el("span", note, cls="dim") for note in notes),
+            el("a", f"{count(self._failed)} rows became no sample", href="/failed", cls="dim") if self._failed else "",
             el("code", manifest.digest[:12], title=manifest.digest),
             cls="top",
         )

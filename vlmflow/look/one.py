@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlencode
 
 from vlmflow.look.cards import link
 from vlmflow.look.trace import of_sample
@@ -39,12 +40,14 @@ def body(manifest: Manifest, row: dict[str, Any], samples: Samples) -> Safe:
     for name, layer in found["layers"].items():
         parts += [
             el("h2", f"Layer {name}"),
-            value(layer["row"] or {}),
+            value({k: _of(v) if k == "of" and v else v for k, v in (layer["row"] or {}).items()}),
             el(
                 "details",
-                el("summary", "parameters"),
+                el("summary", "step and parameters"),
                 value(layer["params"]),
-                facts([("digest", layer["digest"]), ("part", layer["part"])]),
+                facts(
+                    [("version of the step", layer["version"]), ("digest", layer["digest"]), ("part", layer["part"])]
+                ),
             ),
         ]
     parts.append(el("h2", "How the dataset was made"))
@@ -57,6 +60,8 @@ def body(manifest: Manifest, row: dict[str, Any], samples: Samples) -> Safe:
 
 def value(thing: Any) -> Safe:
     """Nested names and values as tables; what is deep as JSON."""
+    if isinstance(thing, Safe):
+        return thing
     if isinstance(thing, dict):
         rows = [(k, value(v)) for k, v in thing.items() if v is not None]
         return facts(rows) if rows else el("p", "nothing", cls="note")
@@ -66,6 +71,11 @@ def value(thing: Any) -> Safe:
         text = json.dumps(thing, ensure_ascii=False, indent=1)
         return el("pre", text if len(text) < 4000 else text[:4000] + " …")
     return el("span", "yes" if thing is True else "no" if thing is False else thing)
+
+
+def _of(key: str) -> Safe:
+    """The key of another sample, as a link to it."""
+    return el("a", key, href="/?" + urlencode({"q": key, "in": "key"}))
 
 
 def _about(image: dict[str, Any]) -> str:

@@ -38,6 +38,7 @@ class Query:
         text: is looked for in all texts, or in the column `within`; upper and lower case are the same.
         sort: a column, "n" (order of the dataset) or "random" (the same every time); ties follow the order of the dataset.
         page: from 1.
+        show: layers whose texts and scores cards have (`sample`: the samples' own JSON); empty = all.
     """
 
     equal: Pairs = ()
@@ -49,6 +50,7 @@ class Query:
     order: str = "asc"
     page: int = 1
     per: int = PER_PAGE
+    show: tuple[str, ...] = ()
 
     def values(self, parameter: str) -> tuple[str, ...]:
         """Values asked for of a parameter; empty = any."""
@@ -69,7 +71,7 @@ class Query:
 
     def filters(self) -> Query:
         """The question without order and page: what counts depend on."""
-        return replace(self, sort="n", order="asc", page=1, per=PER_PAGE)
+        return replace(self, sort="n", order="asc", page=1, per=PER_PAGE, show=())
 
     def url(self, **changes: Any) -> str:
         """The query string of this question, shortest form; `changes` are attributes."""
@@ -81,6 +83,7 @@ class Query:
         pairs += [
             (f"max.{name}", f"{value:g}" if float(f"{value:g}") == value else repr(value)) for name, value in q.most
         ]
+        pairs += [("show", layer) for layer in q.show]
         plain = Query()
         for name, key in (
             ("text", "q"),
@@ -104,6 +107,7 @@ def parse(pairs: Iterable[tuple[str, str]], table: Table) -> Query:
     equal: dict[str, list[str]] = {}
     bounds: dict[str, dict[str, float]] = {"min": {}, "max": {}}
     plain: dict[str, str] = {}
+    show: dict[str, None] = {}
     for name, value in pairs:
         head, _, column = name.partition(".")
         if name in FACETS or name == "error":
@@ -115,12 +119,16 @@ def parse(pairs: Iterable[tuple[str, str]], table: Table) -> Query:
             if value.strip():
                 _of_kind(table, column, ("number",), name)
                 bounds[head][column] = _number(name, value)
+        elif name == "show":
+            if value not in (there := table.layers):
+                raise DataError(f"show: there is no layer '{value}'; the dataset has {', '.join(there)}")
+            show[value] = None
         elif name in ("q", "in", "sort", "order", "page", "per"):
             plain[name] = value
         else:
             raise DataError(
                 f"parameter '{name}' is not known: use source, state, reason, error, is.COLUMN, min.COLUMN, max.COLUMN, q, in, sort, "
-                "order, page or per"
+                "order, page, per or show"
             )
     within, sort = plain.get("in", ""), plain.get("sort") or "n"
     if within:
@@ -135,6 +143,7 @@ def parse(pairs: Iterable[tuple[str, str]], table: Table) -> Query:
         tuple(sorted(bounds["min"].items())), tuple(sorted(bounds["max"].items())),
         plain.get("q", "").strip(), within, sort, order,
         _whole("page", plain.get("page", "1"), 10**9), _whole("per", plain.get("per", str(PER_PAGE)), MOST_PER_PAGE),
+        tuple(show),
     )  # fmt: skip
 
 

@@ -28,10 +28,13 @@ class _Ranged(ShardReader):
 
 
 class Samples:
-    """Metas and pictures of a dataset's samples by shard number and key. Threads may share it."""
+    """Metas and pictures of a dataset's samples by shard number and key. Threads may share it.
 
-    def __init__(self, manifest: Manifest, scratch: str | Path) -> None:
-        self.manifest, self.scratch = manifest, scratch
+    `whole`: remote shards are fetched as a whole, for who reads all of their samples.
+    """
+
+    def __init__(self, manifest: Manifest, scratch: str | Path, whole: bool = False) -> None:
+        self.manifest, self.scratch, self.whole = manifest, scratch, whole
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -42,7 +45,7 @@ class Samples:
                 self._readers.move_to_end(shard)
                 return found
         ref = self.manifest.shards[shard]
-        made = (ShardReader if _is_here(ref, self.scratch) else _Ranged)(ref, self.scratch)
+        made = (ShardReader if self.whole or _is_here(ref, self.scratch) else _Ranged)(ref, self.scratch)
         with self._lock:
             self._readers[shard] = made
             while len(self._readers) > OPEN_SHARDS:

@@ -10,13 +10,11 @@ from __future__ import annotations
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
 from vlmflow.errors import DataError, VlmflowError
-
-if TYPE_CHECKING:
-    from vlmflow.look.gallery import Gallery
+from vlmflow.look.gallery import Gallery
 
 LOOPBACK = "127.0.0.1"
 TIMEOUT = 20.0  # seconds that a connection may be silent

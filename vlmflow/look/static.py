@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.errors import VlmflowError
-from vlmflow.look import cards, query
+from vlmflow.look import cards, failed, query
 from vlmflow.look.pictures import thumbnail
 from vlmflow.look.samples import Samples
 from vlmflow.look.style import CSS
@@ -96,8 +96,13 @@ def body(
         rows = query.page(con, table, q)
         if not table.with_samples:
             rows = [row | _own(row, samples) for row in rows]
-        shown = [cards.card(row, shown_as, _picture(row, samples), q.sort) for row in rows]
+        shown = [cards.card(row, shown_as, _picture(row, samples), q) for row in rows]
         parts += [el("h2", title), el("div", *shown, cls="cards") if shown else el("p", "none", cls="note")]
+    if failed.total(con):
+        parts += [
+            el("h2", f"Rows of the tables that became no sample ({count(failed.total(con))})"),
+            failed.examples(con, 3, REASONS),
+        ]
     return join(parts)
 
 

@@ -54,6 +54,7 @@ def stats(manifest: Manifest, table: Table) -> dict[str, Any]:
             "state": _counts(con, "state"),
             "reasons": _counts(con, "reason_kind"),
             "failed": _counts(con, "f", "(SELECT unnest(errors) AS f FROM rows)"),
+            "not_pulled": {"reasons": _counts(con, "reason", "failures"), "hosts": _counts(con, "host", "failures")},
             "sources": _sources(con, manifest),
             "columns": {name: made for name, made in columns.items() if made["filled"]},
             "duplicates": _duplicates(con, manifest, table),
@@ -189,6 +190,7 @@ def as_text(made: dict[str, Any]) -> str:
         for state in (made["reasons"], made["failed"])
         for value, n in state.items()
     ]
+    lines += [f"  no sample {n:>6} x {reason}" for reason, n in made["not_pulled"]["reasons"].items()]
     lines += [f"  duplicate {what}: {n}" for what, n in made["duplicates"].items()]
     for name, c in made["columns"].items():
         lines.append(f"  {name:<26}{_line(c)}")

@@ -64,6 +64,9 @@ def _overview(made: dict[str, Any]) -> Safe:
         parts += [el("h3", "Why samples are kept or dropped"), _bars(made["reasons"], "bar")]
     if made["failed"]:
         parts += [el("h3", "What failed"), _bars(made["failed"], "bad")]
+    if made["not_pulled"]["reasons"]:
+        parts += [el("h3", "Rows of the tables that became no sample"), _bars(made["not_pulled"]["reasons"], "bad")]
+        parts += [el("h3", "Their hosts"), _bars(made["not_pulled"]["hosts"], "bad")]
     return el("section", *parts)
 
 

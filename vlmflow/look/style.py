@@ -38,8 +38,8 @@ background:var(--card)}.pager span.off{color:var(--dim);opacity:.5}
 .card:target,.card.at{outline:2px solid var(--accent)}
 .card .pic{display:flex;align-items:center;justify-content:center;height:170px;background:var(--faint);position:relative}
 .card .pic img{max-width:100%;max-height:170px;object-fit:contain;display:block}
-.card .pic .many{position:absolute;right:6px;bottom:6px}
-.card .text-only{color:var(--dim);font-size:12.5px}
+.card .pic .tag{position:absolute;right:6px;bottom:6px}
+.card .text-only{color:var(--dim);font-size:12.5px;padding:0 12px}
 .card .in{padding:9px 12px 11px;display:flex;flex-direction:column;gap:7px;flex:1}
 .card .head{display:flex;gap:6px;align-items:center;justify-content:space-between}
 .card .key{font:12px ui-monospace,SFMono-Regular,Menlo,Consolas,"DejaVu Sans Mono",monospace;color:var(--ink);text-decoration:none;

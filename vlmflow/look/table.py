@@ -18,13 +18,16 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmflow import storage_cache
 from vlmflow.curation.inputs import UPSTREAM
+from vlmflow.curation.pull_shard import COLUMNS as FAILED
+from vlmflow.curation.pull_shard import read_failures
 from vlmflow.dataset.layer import read_columns
-from vlmflow.errors import DataError, NoSpace, StorageError
+from vlmflow.errors import DataError, NoSpace, NotFound, StorageError
 from vlmflow.look.samples import Samples
 
 if TYPE_CHECKING:
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 
     from vlmflow.dataset.manifest import Manifest
 
-VERSION = 1  # raise when the same manifest would give another file
+VERSION = 2  # raise when the same manifest would give another file
 MEMORY = "2GB"  # of DuckDB; what does not fit is spilled to the scratch folder
 THREADS = 2
 DAY = 86400.0  # seconds
@@ -81,7 +84,14 @@ class Table:
 
     def connect(self) -> duckdb.DuckDBPyConnection:
         """A read-only connection that reaches nothing but this file; close it, or use it as a context manager."""
-        return attach({"rows": self.path})
+        con = attach({"rows": self.path})
+        con.execute(f"CREATE VIEW failures AS SELECT * FROM {quoted(self.path.name)}.main.failures")
+        return con
+
+    @property
+    def layers(self) -> list[str]:
+        """Layers that columns come from, `sample` among them."""
+        return list(dict.fromkeys(column.layer for column in self.columns.values() if column.name not in FIXED))
 
     def column(self, name: str) -> Column:
         """A column by name. Raises DataError listing those there are."""
@@ -150,8 +160,12 @@ def open_table(
         say: is told what is being done and what was left out.
 
     Raises:
-        DataError: a layer's part was changed, or does not hold the samples of its shard in their order.
+        DataError: a layer's part was changed, or does not hold the samples of its shard in their order; DuckDB is missing.
     """
+    if find_spec("duckdb") is None:
+        raise DataError(
+            "looking at datasets needs DuckDB, which is not installed; install vlmflow with its extra 'data'"
+        )
     say = say or (lambda text: None)
     folder = Path(scratch) / "look"
     paths = {
@@ -208,6 +222,7 @@ def _build(manifest: Manifest, scratch: Path, path: Path, samples: bool, say: Ca
             if not done:
                 raise DataError(f"dataset '{manifest.name}' has no samples: there is nothing to look at")
             _describe(con, kinds)
+            _failures(con, manifest)
         arriving.replace(path)
     except duckdb.OutOfMemoryException as error:  # also of the disk that is spilled to
         raise NoSpace(f"{path.parent}: DuckDB's {MEMORY} and the disk behind them do not suffice: {error}") from error
@@ -224,7 +239,7 @@ def _shard_tables(manifest: Manifest, scratch: Path, samples: bool, kinds: dict[
     """One table a shard: all layers side by side. `kinds` is filled with what layers say of their columns."""
     import pyarrow as pa
 
-    reading = Samples(manifest, scratch)
+    reading = Samples(manifest, scratch, whole=True)
     start = 0
     for number, shard in enumerate(manifest.shards):
         keys: Any = None
@@ -340,6 +355,25 @@ def _insert(con: duckdb.DuckDBPyConnection, batch: pa.Table, first: bool) -> Non
     con.register("batch", batch)
     con.execute(f"CREATE TABLE rows AS {query}" if first else f"INSERT INTO rows {query}")
     con.unregister("batch")
+
+
+def _failures(con: duckdb.DuckDBPyConnection, manifest: Manifest) -> None:
+    """Rows of the tables that became no sample: they lie beside the shards that pull wrote, others have none."""
+    import pyarrow as pa
+
+    schema = pa.schema([(name, pa.int64() if name == "row" else pa.string()) for name in FAILED])
+    con.register("batch", schema.empty_table())
+    con.execute("CREATE TABLE failures AS SELECT * FROM batch")
+    if not any(entry.step == "pull" and entry.summary.get("failed") for entry in manifest.lineage):
+        return
+    for shard in manifest.shards:
+        try:
+            failed, _ = read_failures(shard)
+        except NotFound:
+            continue
+        if failed:
+            con.register("batch", pa.Table.from_pylist(failed, schema=schema))
+            con.execute("INSERT INTO failures SELECT * FROM batch")
 
 
 def _describe(con: duckdb.DuckDBPyConnection, kinds: dict[str, str]) -> None:

@@ -65,7 +65,10 @@ def of_sample(manifest: Manifest, shard: int, key: str, samples: Samples) -> dic
     """A sample's row, URL, pictures, place, layers with their parameters, decision and lineage."""
     ref, meta = manifest.shards[shard], samples.meta(shard, key)
     layers: dict[str, dict[str, Any]] = {
-        name: {"digest": layer.digest, "params": layer.params, "part": layer.parts[shard].uri, "row": layer_row(layer.parts[shard], key, samples.scratch)}
+        name: {
+            "version": layer.version, "digest": layer.digest, "params": layer.params, "part": layer.parts[shard].uri,
+            "row": layer_row(layer.parts[shard], key, samples.scratch),
+        }
         for name, layer in manifest.layers.items()
     }  # fmt: skip
     keep = (layers.get("keep") or {}).get("row")
@@ -268,7 +271,10 @@ def as_text(found: dict[str, Any]) -> str:
                 rows.append((name, found["sample"][name]))
         for name, layer in found["layers"].items():
             values = {k: v for k, v in (layer["row"] or {}).items() if v is not None}
-            rows += [(f"layer {name}", values), ("", {"params": layer["params"], "digest": layer["digest"][:24]})]
+            rows += [
+                (f"layer {name}", values),
+                ("", {"version": layer["version"], "params": layer["params"], "digest": layer["digest"][:24]}),
+            ]
         rows.append((found["state"], found["reason"]))
     rows += [
         ("made by", f"{e['step']} from {', '.join(p[:12] for p in e['parents']) or 'its tables'}")

@@ -7,8 +7,9 @@ the batch size: generation pads on the left and masks, scoring packs with isolat
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -122,11 +123,11 @@ class VLM:
 
     def prepare(self, request: Request | ScoreRequest, name: str = "") -> Encoded:
         """See `Scorer.prepare`. `name` stands for the request in messages."""
-        images, name = request.images, name or "a request"
+        images = request.images
         if isinstance(request, Request):
             return self._encode(render_prompt(request.prompt, len(images), name), images)
         if not request.target.strip():
-            raise DataError(f"{name} has an empty target; there is nothing to score")
+            raise DataError(f"sample '{name}': its text is empty; there is nothing to score")
         return self._encode(render_caption(request.target, len(images), "chat", request.prompt, name), images)
 
     def generate(
@@ -215,6 +216,13 @@ def prepared(scorer: Scorer, requests: Sequence[Any], first: int = 0) -> list[An
 
 
 def in_threads(work: Callable[[T], R], items: Iterable[T]) -> Iterator[R]:
-    """`work` of each item, in order, by a thread a core: Pillow, hashing and tokenising let others run meanwhile."""
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        yield from pool.map(work, items)
+    """`work` of each item, in order, by a thread a core and a few items ahead: Pillow, hashing and tokenising let others run."""
+    threads = len(os.sched_getaffinity(0))
+    waiting: deque[Future[R]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            waiting.append(pool.submit(work, item))
+            if len(waiting) > 2 * threads:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()

@@ -156,6 +156,35 @@ def fetch(ref: ModelRef, scratch: str | Path | None = None) -> Path:
     return folder
 
 
+def plain_folder(uri: str, scratch: str | Path | None = None) -> ModelRef:
+    """Reference of a folder that no step published (a download of the Hugging Face hub, say): hashed here.
+
+    From a store, its files are copied into `scratch` once. Only safetensors weights are looked at.
+    Raises ModelError when the folder has no config.json or no such weights.
+    """
+    local = storage.local_path(uri)
+    if local is not None:
+        found = {path.name: path.stat().st_size for path in local.iterdir() if path.is_file()} if local.is_dir() else {}
+    else:
+        above = uri.rstrip("/") + "/"
+        found = {o.uri.removeprefix(above): o.size for o in storage.list_uris(above)}
+    wanted = {path: size for path, size in sorted(found.items()) if path.endswith(BEHAVIOUR) and "/" not in path}
+    if "config.json" not in wanted or not any(path.endswith(".safetensors") for path in wanted):
+        raise ModelError(
+            f"{uri} holds {len(found)} files and is neither a model of this store ({MARKER} is missing) nor a Hugging Face folder with "
+            "config.json and *.safetensors; weights in other formats can run code when they are read, so convert them first"
+        )
+    if (folder := local) is None:
+        folder = Path(scratch or storage.default_scratch()) / "models" / f"plain-{digest([uri, wanted])[:32]}"
+        for path in wanted:
+            if not (folder / path).exists():
+                storage.get_file(storage.join(uri, path), folder / path)
+    files = [f for f in describe_files(folder) if f.path in wanted]
+    name = uri.rstrip("/").rsplit("/", 1)[-1]
+    lineage = ModelLineage(step="plain folder")
+    return ModelRef(name=name, uri=str(folder), files=files, weights_sha256=weights_digest(files), lineage=lineage)
+
+
 def _verify(ref: ModelRef, file: FileRef, path: Path) -> None:
     if path.is_file() and (found := sha256_file(path)) == file.sha256:
         return

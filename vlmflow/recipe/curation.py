@@ -21,6 +21,11 @@ class EndpointFields(Section):
 
     model_name: str | None = Field(None, description="model asked of the endpoint; required when one is asked")
     concurrency: int = Field(64, ge=1, le=4096, description="open requests")
+    timeout: float = Field(
+        300.0,
+        gt=0,
+        description="seconds after which an answer is given up and asked for again, the server's queue included",
+    )
     price_in: float | None = Field(
         None, ge=0, description="price of a million prompt tokens, for the cost in the summary"
     )
@@ -235,7 +240,9 @@ class PerplexitySpec(Section):
 class KeepSpec(Section):
     """Layer `keep`: which samples stay, exact over all shards (POINTS 3.1 keeps the lowest 20 %)."""
 
-    fraction: Share = Field(0.2, gt=0, description="share of scored samples that is kept (POINTS: 0.2)")
+    fraction: Share = Field(
+        0.2, gt=0, description="share that is kept of the scored samples which no earlier step dropped (POINTS: 0.2)"
+    )
     order: Literal["lowest", "highest", "random"] = Field(
         "lowest", description="which perplexities are kept; random = control of the same size"
     )
@@ -264,7 +271,8 @@ class CurationSpec(Section):
     dataset: Name | None = Field(None, description="the dataset that is curated; None leaves curation out")
     scorer: str | None = Field(
         None,
-        description="URI of a model folder in the store (with its model.json) that captions and scores; None = the bootstrap model",
+        description="URI of a model folder that captions and scores: one of the store (with its model.json), or a plain Hugging "
+        "Face folder of a vision-language model (safetensors, chat template; code in it is never run). None = the bootstrap model",
     )
     ocr: OcrSpec = Field(default_factory=OcrSpec, description="text in images")
     caption: CaptionSpec = Field(default_factory=CaptionSpec, description="synthetic captions")

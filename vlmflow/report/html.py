@@ -15,7 +15,7 @@ class Safe(str):
     """Text that is HTML already."""
 
 
-_VOID = {"br", "img", "meta", "hr", "col"}
+_VOID = {"br", "img", "meta", "hr", "col", "link", "input"}
 
 
 def safe(value: Any) -> Safe:

@@ -10,7 +10,6 @@ A picture without contrast has no low frequencies but noise. Its hash is 0, `FLA
 
 from __future__ import annotations
 
-import io
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -47,25 +46,9 @@ def of_bytes(data: bytes, max_pixels: int | None = None) -> tuple[int, int, int]
     Raises:
         DataError: the bytes are no picture, or one of more than `max_pixels`.
     """
-    from vlmflow.vision.image import DEFAULT_MAX_PIXELS, decode
+    from vlmflow.vision.image import DEFAULT_MAX_PIXELS, decode_scaled
 
-    limit = DEFAULT_MAX_PIXELS if max_pixels is None else max_pixels
-    return hashes(_drafted(data, limit) or decode(data, limit))
-
-
-def _drafted(data: bytes, max_pixels: int) -> Image | None:
-    """A JPEG as greys, upright, at a scale that libjpeg decodes cheaply; None for all else and for what is broken."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
-            if image.width * image.height > max_pixels:
-                return None
-            image.draft("L", (READ, READ))
-            image.load()
-            return ImageOps.exif_transpose(image).convert("L")
-    except Exception:  # not a JPEG, or a broken one: decode says what is wrong
-        return None
+    return hashes(decode_scaled(data, lambda *_: (READ, READ), max_pixels or DEFAULT_MAX_PIXELS).image)
 
 
 def trim(greys: np.ndarray) -> np.ndarray:
