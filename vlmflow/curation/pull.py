@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.adopt import Adopter, expand
+from vlmflow.curation.allocator import keep_buffers
 from vlmflow.curation.bucket import Bucket
 from vlmflow.curation.cells import Cells
 from vlmflow.curation.fetch import Fetcher, Limits
@@ -174,6 +175,7 @@ class _Pulling:
 
     def all(self, spans: list[tuple[Source, int, int]], final: bool) -> None:
         """Pull shards `first` to `last` of each source. `final`: the verdict over the dataset falls here."""
+        keep_buffers()
         try:
             for source, first, last in spans:
                 if source.tars:
