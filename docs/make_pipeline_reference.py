@@ -19,7 +19,8 @@ HEAD = """# Pipelines
 Written by `docs/make_pipeline_reference.py` from the compiled packages in `pipelines/compiled/`.
 
 Each pipeline is one KFP package: upload it (`vlmflow register NAME`, or the chart's bootstrap job), start it in the Kubeflow
-UI with the form below, or `vlmflow submit RECIPE --pipeline NAME -p name=value`. `vlmflow run` runs `points` on a laptop.
+UI with the form below, or `vlmflow submit RECIPE --pipeline NAME -p name=value`. `vlmflow run RECIPE --pipeline NAME` runs any of them but `promote`
+on one machine, `points` without the option.
 
 What all of them share:
 
@@ -36,13 +37,21 @@ What all of them share:
 
 ## Shards in groups
 
-`points` and `curate` deal the shards of the web dataset to `shard_groups` groups. Each group is a chain `ocr`, `caption`, `fuse`,
-`perplexity` of its own that writes only its shards' layer parts: no manifest, no verdict about failures. After all groups
-`merge` checks that every shard was in one, and the same steps run over the whole dataset: they find every part by digest,
-judge the failures of all shards together against the recipe's limit, and seal the manifest; `keep` ranks all shards at once.
-So the manifest has the same digest and the parts the same bytes whatever the number of groups
-(`test_dataset_groups.py::test_the_same_bytes_whatever_the_grouping`), and `points` finds every layer that `curate` made of the
-same recipe. A laptop uses one group.
+`points` and `curate` work on the web dataset in `shard_groups` groups, side by side:
+
+1. `deal` cuts the tables' rows into groups of shards; each group's shards are pulled by a task of its own; then `pull web` finds
+   them all by name and seals the manifest.
+2. `groups` deals the manifest's shards. Each group is a chain of `ocr`, `caption`, `fuse`, `build` (descriptions, questions and
+   answers), `clean` (checks of each sample, benchmarks, a text model's verdict) and `perplexity`, which writes only its shards'
+   layer parts: no manifest, no verdict about failures.
+3. `merge` checks that every shard was in a group, and the same steps run over the whole dataset: they find every part by digest,
+   judge the failures of all shards together against the recipe's limit, and seal the manifest.
+4. `dedup` and `keep` compare all samples of all shards with each other.
+
+A step that the recipe leaves out hands the dataset on. The manifest has the same digest and the parts the same bytes whatever the
+number of groups (`test_dataset_groups.py::test_the_same_bytes_whatever_the_grouping`), and `points` finds every layer that `curate`
+made of the same recipe. On one machine, `vlmflow run --processes N` makes N groups and runs N tasks at a time; without it there is one
+group, whose steps use several cores themselves.
 
 ## Node pools, images, secrets
 
@@ -66,7 +75,7 @@ pools:
     tolerations: [{key: nvidia.com/gpu, effect: NoSchedule}]
     accelerator: nvidia.com/gpu
     shared_memory: 8Gi
-steps: {caption: gpu, perplexity: gpu, evaluate: gpu, soup: gpu, export: gpu}
+steps: {caption: gpu, build: gpu, perplexity: gpu, evaluate: gpu, soup: gpu, export: gpu}
 default_pool: cpu
 ```
 

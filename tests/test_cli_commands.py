@@ -150,7 +150,8 @@ def test_demo_serves_its_tables_and_runs_the_recipe_on_them(capsys, monkeypatch,
         yield demo.Demo("http://127.0.0.1:9999", tmp_path, tmp_path)
         calls.append("closed")
 
-    def run(recipe, overrides, state_dir, console):
+    def run(recipe, overrides, state_dir, console, processes):
+        assert processes == 0
         calls.append((Path(recipe).name, overrides))
         return local.RunResult("r1", tmp_path, None, {}, {})
 
@@ -162,6 +163,24 @@ def test_demo_serves_its_tables_and_runs_the_recipe_on_them(capsys, monkeypatch,
     name, overrides = calls[1]
     assert name == "points-tiny.yaml" and overrides[-1] == "seed=9"
     assert "data.seed.sources.captions.table=http://127.0.0.1:9999/tables/seed.parquet" in overrides
+
+
+def test_run_takes_a_pipeline_its_parameters_and_processes(capsys, monkeypatch, tmp_path):
+    from vlmflow import local
+
+    calls = []
+
+    def run(*given):
+        calls.append(given[4:])
+        return local.RunResult("r1", tmp_path, None, {}, {}, {"web": "s3://bucket/manifests/abc.json"})
+
+    monkeypatch.setattr(local, "run", run)
+    options = ["--pipeline", "train", "-p", "stage=align", "-p", "model=models:/n/1", "--processes", "3"]
+    code, out, _ = call(capsys, "run", TINY, *options)
+    assert (code, calls) == (0, [("train", {"stage": "align", "model": "models:/n/1"}, 3)])
+    assert "dataset    web s3://bucket/manifests/abc.json" in out
+    code, _, err = call(capsys, "run", TINY, "-p", "stage")
+    assert code == 2 and "--parameter stage: expected NAME=VALUE" in err
 
 
 def test_status_says_that_nothing_runs(capsys, tmp_path):

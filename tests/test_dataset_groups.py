@@ -3,19 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from curation_world import MODEL, FakeVLM, context, dataset, png, sample
+from test_curation_contamination import tables
 
 from vlmflow import ports
-from vlmflow.curation import caption, fuse, keep, perplexity
+from vlmflow.curation import caption, clean, contamination, dedup, describe, fuse, keep, perplexity, phash
 from vlmflow.dataset import groups
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.errors import DataError, StepFailed
 from vlmflow.models import inference
 
-RULES = {"dataset": "web", "caption": {"engine": "model"}, "fuse": {"engine": "rules"}, "keep": {"fraction": 0.5}}
-STEPS = ((caption, True), (fuse, False), (perplexity, True))
+RULES = {
+    "dataset": "web",
+    "caption": {"engine": "model"},
+    "fuse": {"engine": "rules"},
+    "describe": {"engine": "model", "repair": False, "failure_limit": 1.0},
+    "clean": {"text": "fused"},
+    "contamination": {},
+    "dedup": {"images": None},
+    "keep": {"fraction": 0.5},
+}
+STEPS = (  # in the order of pipelines/parts.py
+    (caption, True), (fuse, False), (describe, True), (phash, False), (clean, False), (contamination, False), (perplexity, True),
+)  # fmt: skip
+LAYERS = {"synthetic", "fused", "described", "phash", "clean", "contamination", "ppl", "dedup", "keep"}
 
 
 @pytest.fixture
@@ -39,7 +53,7 @@ def curate(ctx, manifest: Manifest, count: int) -> Manifest:
         groups.check_whole(manifest, parts)
     for step, wants in STEPS:
         manifest = ports.curate(ctx, step, manifest, *([MODEL] if wants else []))
-    return ports.curate(ctx, keep, manifest)
+    return ports.curate(ctx, keep, ports.curate(ctx, dedup, manifest))
 
 
 def stored(root: Path) -> dict[str, bytes]:
@@ -51,14 +65,17 @@ def test_the_same_bytes_whatever_the_grouping(world):
     found = []
     for count in (0, 1, 2, 5, 99):
         ctx = context(folder / "run", **RULES)  # the same place every time: addresses are part of a manifest
+        ctx.recipe.evaluation = SimpleNamespace(benchmarks=tables(folder / "benchmarks"))
         root = Path(ctx.root)
         made = curate(ctx, raw, count)
         found.append((made.digest, stored(root)))
         assert (root / "manifests" / f"{made.digest}.json").is_file()
         root.rename(folder / f"kept-{count}")
     assert all(each == found[0] for each in found[1:])
-    assert len(found[0][1]) == 4 * len(raw.shards) + 4  # a part a shard of each layer, and a manifest of each step
-    assert found[0][0] == made.digest and made.layers.keys() == {"synthetic", "fused", "ppl", "keep"}
+    kinds = [name.split("/")[0] for name in found[0][1]]
+    assert kinds.count("layers") == len(LAYERS) * len(raw.shards)  # a part a shard of each layer
+    assert kinds.count("manifests") == len(LAYERS)  # and a manifest of each step
+    assert found[0][0] == made.digest and made.layers.keys() == LAYERS
 
 
 def test_after_the_groups_nothing_is_computed_again(world):

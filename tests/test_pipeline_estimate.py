@@ -85,6 +85,15 @@ def test_the_plan_follows_the_recipe():
     assert steps["pull-web"].seconds == estimate.FIRST_RUN_SECONDS["pull"]
 
 
+def test_groups_and_other_pipelines_are_planned_too():
+    curate = [step.name for step in estimate.expected_steps(load(TINY), 3, {}, "curate", 3)]
+    assert [name for name in curate if name.startswith("clean")] == ["clean-1", "clean-2", "clean-3", "clean"]
+    assert curate[:3] == ["preflight", "pull-seed", "deal-web"] and curate[-3:] == ["dedup", "keep", "finish"]
+    assert len(set(curate)) == len(curate)
+    train = estimate.expected_steps(load(TINY), 2, {"preflight": 1.0, "train-align": 9.0}, "train")
+    assert [(step.name, step.seconds) for step in train] == [("preflight", 1.0), ("train-align", 9.0)]
+
+
 def test_memory_survives_and_a_resumed_run_does_not_erase_it(tmp_path):
     path = tmp_path / "timings.json"
     remember(path, "tiny", {"ocr": 40.0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -162,6 +163,44 @@ def test_only_what_the_pipeline_needs_is_probed(ctx, monkeypatch):
     assert seen[0]["needs"] == pipeline_needs.Needs(benchmarks=True)
     with pytest.raises(ServiceError, match="MLFLOW_TRACKING_URI"):
         preflight.check(ctx, "soup")
+
+
+def test_curation_looks_for_the_benchmarks_that_it_compares_with(ctx, monkeypatch):
+    looked = []
+    monkeypatch.setattr(
+        preflight, "_size", lambda field, uri, allow: looked.append(field) or preflight.OPENED_BYTES + 1
+    )
+    needs = pipeline_needs.needs_of("curate")
+    preflight._tables(ctx, needs, (), "", "")
+    assert "evaluation.benchmarks.digits.table" in looked and "data.web.sources.web.table" in looked
+    looked.clear()
+    plain = ctx.recipe.model_copy(update={"curation": ctx.recipe.curation.model_copy(update={"contamination": None})})
+    preflight._tables(replace(ctx, recipe=plain), needs, (), "", "")
+    assert looked and not any(field.startswith("evaluation") for field in looked)
+    without = ctx.recipe.model_copy(update={"evaluation": ctx.recipe.evaluation.model_copy(update={"benchmarks": {}})})
+    with pytest.raises(RecipeError, match=r"curation\.contamination: compares with evaluation\.benchmarks"):
+        pipeline_needs.suits(without, "curate")
+
+
+def test_existing_tars_and_folders_of_tables_are_looked_for(ctx, tmp_path):
+    for number in (0, 2):
+        (tmp_path / f"old-{number:02d}.tar").write_bytes(b"x" * 10)
+    uri = f"{tmp_path.as_uri()}/old-{{00..02}}.tar"
+    preflight._tars("data.web.sources.old.shards", [uri])
+    with pytest.raises(DataError, match=r"data\.web\.sources\.old\.shards: there is no tar at .*old-03\.tar"):
+        preflight._tars("data.web.sources.old.shards", [uri.replace("02}", "03}")])
+
+
+def test_ocr_is_checked_where_its_step_will_run(ctx, monkeypatch):
+    from vlmflow.curation import ocr_engine
+
+    monkeypatch.delenv("VLMFLOW_PROGRESS", raising=False)
+    asked = ctx.recipe.curation.ocr.model_copy(update={"provider": "cuda"})
+    assert preflight._ocr(asked) == []  # on a cluster: another image, another node
+    monkeypatch.setenv("VLMFLOW_PROGRESS", "/nowhere")
+    monkeypatch.setattr(ocr_engine, "choose_provider", lambda provider: f"what {provider} gives")
+    ((what, found),) = preflight._ocr(asked)
+    assert "OCR" in what and "rapidocr" in found and found.endswith("on what cuda gives")
 
 
 # --- the end of a run ------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from vlmflow import compiler, local, process_tree
-from vlmflow.errors import NoSpace, StepFailed, VlmflowError
+from vlmflow import compiler, local, local_worker, process_tree
+from vlmflow.errors import NoSpace, RecipeError, StepFailed, VlmflowError
 from vlmflow.estimate import Estimate, Planned
 
 HERE = Path(__file__).parent
@@ -168,3 +168,68 @@ def test_events_cut_in_the_middle_of_a_line_are_read_later(tmp_path):
         file.write('ep": "b"}\n')
     assert [json.loads(line) for line in read()] == [{"step": "b"}]
     assert read() == []
+
+
+def test_loops_run_as_many_tasks_at_a_time_as_asked(monkeypatch):
+    """kfp.local caps every loop at two tasks, whatever it is asked."""
+    from kfp.local.orchestrator import enhanced_dag_orchestrator as kfp
+
+    assert kfp.ParallelExecutor().max_workers == kfp.ParallelExecutor(8).max_workers == 2
+    monkeypatch.setattr(kfp, "ParallelExecutor", kfp.ParallelExecutor)  # put back afterwards
+    local_worker.widen_loops(5)
+    assert kfp.ParallelExecutor().max_workers == kfp.ParallelExecutor().conservative_max == 5
+
+
+class Given:
+    """Takes the place of the runner; keeps what it was given."""
+
+    def __call__(self, package, arguments, folder, follower, console=None, lanes=0):
+        self.arguments, self.lanes, self.steps = arguments, lanes, [step.name for step in follower.plan]
+
+
+@pytest.fixture
+def given(tmp_path, monkeypatch):
+    monkeypatch.setenv("VLMFLOW_ROOT", (tmp_path / "store").as_uri())
+    taken = Given()
+    monkeypatch.setattr(local, "execute", taken)
+    return taken
+
+
+TINY = str(HERE.parent / "recipes/points-tiny.yaml")
+
+
+def test_a_run_has_one_group_and_two_lanes_unless_asked(given, tmp_path):
+    local.run(TINY, [], tmp_path / "state")
+    assert (given.arguments["shard_groups"], given.arguments["evaluators"], given.lanes) == (1, 2, 2)
+    local.run(TINY, [], tmp_path / "state", processes=3)
+    assert (given.arguments["shard_groups"], given.arguments["evaluators"], given.lanes) == (3, 3, 3)
+    assert {"pull-web-3", "ocr-3", "clean-3", "evaluate-3", "dedup"} <= set(given.steps)
+
+
+def test_any_pipeline_runs_with_its_own_parameters(given, tmp_path):
+    local.run(TINY, [], tmp_path / "state", None, "curate", processes=4)
+    assert set(given.arguments) == {"recipe", "overrides", "shard_groups"} and given.arguments["shard_groups"] == 4
+    assert given.steps[-2:] == ["keep", "finish"]
+    asked = {"stage": "align", "model": "models:/points-tiny/1"}
+    local.run(TINY, [], tmp_path / "state", None, "train", asked)
+    assert asked.items() <= given.arguments.items() and "shard_groups" not in given.arguments
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "asked", "said"),
+    [
+        ("train", {"stage": "align"}, r"needs --parameter model=\.\.\.: model is the Model to start from"),
+        ("curate", {"groups": 3}, "has no parameter groups to set here; it has model"),
+        ("curate", {"shard_groups": 3}, "has no parameter shard_groups.*--processes"),
+    ],
+)
+def test_wrong_parameters_are_refused_before_anything_starts(given, tmp_path, pipeline, asked, said):
+    with pytest.raises(RecipeError, match=said):
+        local.run(TINY, [], tmp_path / "state", None, pipeline, asked)
+    assert not (tmp_path / "state").exists()
+
+
+def test_a_scorer_that_is_given_takes_the_place_of_the_bootstrap(given, tmp_path):
+    local.run(TINY, ["bootstrap=null"], tmp_path / "state", None, "curate", {"model": "models:/points-tiny/1"})
+    written = Path(given.arguments["recipe"]).read_text()
+    assert "scorer: models:/points-tiny/1" in written and given.arguments["model"] == "models:/points-tiny/1"

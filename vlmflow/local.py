@@ -78,7 +78,10 @@ def run(
     package = compiler.compile_pipeline(pipeline)
     forms = package.spec["root"]["inputDefinitions"]["parameters"]
     _check_parameters(pipeline, given, forms)
-    recipe = preflight.resolve(str(recipe_path), list(overrides), pipeline=pipeline)
+    changes = list(overrides)
+    if pipeline == "curate" and given.get("model"):  # found and put in this place by the first task
+        changes += [f"curation.scorer={given['model']}", "bootstrap=null"]
+    recipe = preflight.resolve(str(recipe_path), changes, pipeline=pipeline)
     state = Path(state_dir).absolute()
     with stack(state, console) as root, _only_run(state):
         run_id = _run_id(state, digest(recipe))
