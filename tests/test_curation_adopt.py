@@ -355,3 +355,41 @@ def test_preflight_names_a_missing_tar(tmp_path):
     preflight._tars([str(tmp_path / "t-{0..0}.tar")], "data.web.sources.old.shards")
     with pytest.raises(DataError, match=r"data\.web\.sources\.old\.shards: there is no tar at .*t-1\.tar"):
         preflight._tars([str(tmp_path / "t-{0..1}.tar")], "data.web.sources.old.shards")
+
+
+@pytest.mark.parametrize("write", range(5))
+def test_killed_between_any_two_writes_and_started_again(tmp_path, monkeypatch, write):
+    """Index, metas, failures, record, stamp: whichever was the last to land, the next run ends in the same shard."""
+    tar(tmp_path / "t.tar", [*good(0, 3), ("bad.jpg", b"no")])
+    spec = source(tmp_path, "t.tar")
+    whole = pull.run(context(tmp_path / "whole", spec), "web")
+    put, count = storage.write_bytes, [0]
+
+    def dying(uri, data):
+        if "/adopted/" in uri:
+            count[0] += 1
+            if count[0] == write + 1:
+                raise KeyboardInterrupt
+        put(uri, data)
+
+    ctx = context(tmp_path / "killed", spec)
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "write_bytes", dying)
+        with pytest.raises(KeyboardInterrupt):
+            pull.run(ctx, "web")
+    again = pull.run(ctx, "web")
+    assert [(s.sha256, s.samples) for s in again.shards] == [(s.sha256, s.samples) for s in whole.shards]
+    assert again.lineage == whole.lineage and len(samples(again)) == 3
+
+
+def test_a_tar_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = tar(tmp_path / "t.tar", good(0, 2))
+    finish = adopt._Reading._finish
+
+    def meanwhile(self, group):
+        os.utime(path, ns=(5, 5))
+        finish(self, group)
+
+    monkeypatch.setattr(adopt._Reading, "_finish", meanwhile)
+    with pytest.raises(DataError, match=r"t\.tar was changed while it was read"):
+        pull.run(context(tmp_path, source(tmp_path, "t.tar")), "web")

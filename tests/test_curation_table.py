@@ -225,3 +225,20 @@ def test_damaged_parquet_says_where(tmp_path):
     path.write_bytes(data[:500])
     with pytest.raises(DataError, match="is not Parquet"):
         rows_of(path, tmp_path)
+
+
+def test_text_that_utf8_cannot_hold_is_mended_and_nesting_is_bounded(tmp_path):
+    path = tmp_path / "t.jsonl"
+    turns = [{"from": "human", "value": "a \ud800"}, {"from": "gpt", "value": "b"}]
+    row = {"url": "http://h/1", "text": "x\udfff", "k\ud800": "\ud83d", "chat": turns}
+    path.write_text(json.dumps(row) + "\n")
+    columns = Columns(text="text", conversations="chat")
+    (found,) = rows_of(path, tmp_path, columns)
+    assert (found.text, found.extra, found.conversations[0]["value"]) == ("x?", {"k?": "?"}, "a ?")
+    assert found.fingerprint
+    path.write_text('{"url": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(DataError, match=r"line 1: not JSON"):
+        rows_of(path, tmp_path, Columns())
+    path.write_text(json.dumps({"url": "u", "chat": "[" * 100_000}))
+    (found,) = rows_of(path, tmp_path, Columns(conversations="chat"))
+    assert found.problem[0] == "bad_conversations"

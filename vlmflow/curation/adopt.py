@@ -156,8 +156,10 @@ class _Reading:
 
     def run(self) -> tuple[Adopted, str]:
         """The shard, and the URI of its record."""
-        stream = TarStream(self.uri)
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="adopt") as self._pool:
+        with (
+            TarStream(self.uri) as stream,
+            ThreadPoolExecutor(THREADS, thread_name_prefix="adopt") as self._pool,
+        ):
             for group in self._groups(stream):
                 self._finish(group)
         self._check_columns()

@@ -69,7 +69,7 @@ def _reduced(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     import numpy as np
     from PIL import Image
 
-    steps = tuple(max(1, have // want) for have, want in zip(image.size, size, strict=True))
+    steps = (max(1, image.width // size[0]), max(1, image.height // size[1]))
     if steps != (1, 1):
         image = image.reduce(steps)
     if image.size == size:

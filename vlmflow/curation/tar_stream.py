@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import tarfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from vlmflow import storage
@@ -39,12 +40,16 @@ class Member(NamedTuple):
 
 
 class TarStream:
-    """A stored tar read from its beginning to its end; afterwards `sha256` and `size` are those of all its bytes."""
+    """A stored tar read from its beginning to its end; afterwards `sha256` and `size` are those of all its bytes. A context."""
 
     def __init__(self, uri: str) -> None:
         self.uri, self.at, self.size = uri, 0, storage.size(uri)
         self._hash = hashlib.sha256()
         self._held = memoryview(b"")
+        self._next: Future[bytes] | None = None
+        self._reader = ThreadPoolExecutor(
+            1, thread_name_prefix="tar"
+        )  # the store is waited for while pictures are judged
 
     @property
     def sha256(self) -> str:
@@ -74,17 +79,33 @@ class TarStream:
         return length - left
 
     def _fill(self) -> None:
-        wanted = min(PART, self.size - self.at)
-        if wanted <= 0:
+        """The next part, and a request for the one after it."""
+        if self.at >= self.size:
             return
-        data = retried(lambda: storage.read_bytes(self.uri, self.at, wanted))
-        if len(data) != wanted:
-            raise DataError(
-                f"{self.uri}: {len(data)} of {wanted} bytes came from byte {self.at}; it was changed while it was read. Let whoever "
-                "writes it finish, then run the command again."
-            )
+        data = (self._next or self._ask(self.at)).result()
+        after = self.at + len(data)
+        self._next = self._ask(after) if after < self.size else None
         self._hash.update(data)
         self._held = memoryview(data)
+
+    def _ask(self, start: int) -> Future[bytes]:
+        return self._reader.submit(self._part, start)
+
+    def _part(self, start: int) -> bytes:
+        wanted = min(PART, self.size - start)
+        data = retried(lambda: storage.read_bytes(self.uri, start, wanted))
+        if len(data) != wanted:
+            raise DataError(
+                f"{self.uri}: {len(data)} of {wanted} bytes came from byte {start}; it was changed while it was read. Let whoever "
+                "writes it finish, then run the command again."
+            )
+        return data
+
+    def __enter__(self) -> TarStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
 
 
 def members(stream: TarStream, keep: Callable[[str, int], bool], whole: Callable[[], int]) -> Iterator[Member]:
