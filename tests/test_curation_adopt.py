@@ -16,6 +16,7 @@ from test_curation_pull import context
 from vlmflow import storage
 from vlmflow.curation import adopt, pull
 from vlmflow.curation.pull_shard import read_failures
+from vlmflow.curation.tar_stream import expand
 from vlmflow.dataset.layer import add_layer
 from vlmflow.dataset.shard import ShardReader
 from vlmflow.dataset.window import LeasedShard, Window
@@ -286,7 +287,7 @@ def test_any_tar_is_read_to_its_end_or_refused(tmp_path):
 
 def test_ranges_and_fields_are_checked_before_anything_is_read(tmp_path):
     tar(tmp_path / "t.tar", good(0, 2))
-    assert adopt.expand(["s3://b/{00..02}/x-{8..9}.tar"], "f") == [
+    assert expand(["s3://b/{00..02}/x-{8..9}.tar"], "f") == [
         f"s3://b/{n:02d}/x-{m}.tar" for n in range(3) for m in (8, 9)
     ]
     with pytest.raises(DataError, match=r"data\.web\.sources\.old\.shards: '\{5\.\.1\}'.* names no tars"):

@@ -13,7 +13,7 @@ import pytest
 from curation_server import picture
 
 from vlmflow import storage
-from vlmflow.curation import table_files
+from vlmflow.curation import table_records
 from vlmflow.curation.cells import Cells
 from vlmflow.curation.table import Columns, check_columns, columns_of, count_rows, localize, read_rows
 from vlmflow.digest import sha256_bytes
@@ -129,7 +129,7 @@ def test_parquet_in_a_store_is_read_by_ranges_and_never_copied(tmp_path, monkeyp
 
 
 def test_a_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_files, "_BLOCK", 16)
+    monkeypatch.setattr(table_records, "_BLOCK", 16)
     path = tmp_path / "t.json"
     path.write_text(" [ " + " ,\n".join(json.dumps(r) for r in ROWS) + " ]\n")
     assert [r.text for r in rows_of(path, tmp_path)] == [r["text"] for r in ROWS]

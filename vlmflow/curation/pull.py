@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmflow.curation.adopt import Adopter, expand
+from vlmflow.curation.adopt import Adopter
 from vlmflow.curation.allocator import keep_buffers
 from vlmflow.curation.bucket import Bucket
 from vlmflow.curation.cells import Cells
@@ -29,6 +29,7 @@ from vlmflow.curation.judges import Judges
 from vlmflow.curation.pull_shard import Plan, Result, ShardPuller
 from vlmflow.curation.pull_tally import Tally
 from vlmflow.curation.table import Row, Table, check_columns, columns_of, count_rows, localize, read_rows
+from vlmflow.curation.tar_stream import expand
 from vlmflow.dataset.manifest import Lineage, Manifest, save
 from vlmflow.digest import canonical, digest
 from vlmflow.errors import DataError, RecipeError, StepFailed

@@ -7,7 +7,9 @@ here: every byte up to the end mark is accounted for, or it is an error that say
 from __future__ import annotations
 
 import hashlib
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
@@ -17,6 +19,8 @@ from vlmflow.dataset.fetch import PART, retried
 from vlmflow.errors import DataError
 
 BLOCK = tarfile.BLOCKSIZE
+MAX_TARS = 1_000_000  # of one source
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LONGEST_NAME = 1 << 20  # bytes of a header that holds a name
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
@@ -27,6 +31,26 @@ _CALLED = {
     tarfile.CHRTYPE: "a device",
     tarfile.BLKTYPE: "a device",
 }
+
+
+def expand(uris: list[str], field_name: str) -> list[str]:
+    """URIs with ``{00000..00099}`` written out. Raises DataError for none, too many, or one that stands twice."""
+    found: list[str] = []
+    for uri in uris:
+        pending = [uri]
+        while pending and (match := _RANGE.search(pending[0])):
+            first, last = int(match[1]), int(match[2])
+            if last < first or len(pending) * (last - first + 1) > MAX_TARS:
+                raise DataError(
+                    f"{field_name}: '{match[0]}' of {uri} names no tars, or more than {MAX_TARS}; write {{first..last}}"
+                )
+            width = len(match[1])
+            pending = [_RANGE.sub(f"{n:0{width}d}", p, count=1) for p in pending for n in range(first, last + 1)]
+        found += pending
+    repeated = [uri for uri, count in Counter(found).items() if count > 1]
+    if repeated:
+        raise DataError(f"{field_name} names {repeated[0]} twice; its samples would be trained on twice")
+    return found
 
 
 class Member(NamedTuple):
