@@ -211,7 +211,10 @@ def test_what_cannot_become_a_sample_has_its_reason(tmp_path):
         "marks": "image_marks",
     }
     assert counted == {"rows": 19, "ignored": {"(hidden)": 1, "cls": 2, "gif": 1}, "repeated_keys": 1}
-    assert manifest.lineage[0].summary["failed"] == 16
+    summary = manifest.lineage[0].summary
+    assert (summary["failed"], summary["repeated_keys"]) == (16, 1)
+    assert summary["ignored_members"] == counted["ignored"]
+    assert pull.run(ctx, "web") == manifest
 
 
 @pytest.mark.parametrize("kind", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT])

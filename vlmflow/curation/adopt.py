@@ -40,7 +40,11 @@ _UNCHANGED = "the tar is not changed, so it cannot be converted"
 
 @dataclass
 class Adopted(Result):
-    """An adopted tar; nothing of ours lies beside it."""
+    """An adopted tar; nothing of ours lies beside it. `ignored` counts members that are no part of a sample, by extension,
+    and `repeated` samples whose key an earlier one of the tar has."""
+
+    ignored: dict[str, int] = field(default_factory=dict)
+    repeated: int = 0
 
     def doubt(self) -> None:
         """Nothing to ask again: the tar is what it is."""
@@ -94,7 +98,8 @@ def _known(seen: str, uri: str) -> Adopted | None:
         index, meta = storage.read_bytes(ref.index), storage.read_bytes(ref.meta)
         if adopted_identity(ref.content, sha256_bytes(meta), sha256_bytes(index)) != ref.sha256:
             return None
-        return Adopted(ref, record["rows"], len(failures), failures, {})
+        ignored, repeated = record["ignored"], record["repeated_keys"]
+        return Adopted(ref, record["rows"], len(failures), failures, {}, ignored=ignored, repeated=repeated)
     except (NotFound, DataError, KeyError, TypeError, ValueError, AssertionError):
         return None
 
@@ -282,7 +287,8 @@ class _Reading:
         base = storage.join(self.adopter.root, "adopted", f"{stream.sha256[:24]}-{self.settings}")
         index, metas = canonical(self.index), b"".join(self.metas)
         names = {"index": f"{base}.idx.json", "meta": f"{base}.meta.jsonl", "failures": f"{base}.failures.parquet"}
-        about = {"rows": self.rows, "ignored": dict(sorted(self.ignored.items())), "repeated_keys": self.repeated}
+        ignored = dict(sorted(self.ignored.items()))
+        about = {"rows": self.rows, "ignored": ignored, "repeated_keys": self.repeated}
         ref = ShardRef(
             uri=self.uri,
             sha256=adopted_identity(stream.sha256, sha256_bytes(metas), sha256_bytes(index)),
@@ -298,7 +304,8 @@ class _Reading:
         storage.write_bytes(names["failures"], failures_parquet(self.failures, about))
         record = f"{base}.json"
         storage.write_json(record, {**about, "ref": ref.model_dump(exclude={"uri"}), "failures": names["failures"]})
-        return Adopted(ref, self.rows, len(self.failures), self.failures, {}), record
+        made = Adopted(ref, self.rows, len(self.failures), self.failures, {}, ignored=ignored, repeated=self.repeated)
+        return made, record
 
 
 def _split(name: str) -> tuple[str, str]:

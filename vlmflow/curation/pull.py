@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -102,7 +103,7 @@ def run(ctx: Context, dataset: str, group: Mapping[str, Any] | None = None) -> M
             "version": VERSION,
             "tables": {source.name: source.spec.table or source.spec.shards for source in sources},
         },
-        summary={**tally.summary(), "duplicate_rows": pulling.duplicates},
+        summary={**tally.summary(), "duplicate_rows": pulling.duplicates, **pulling.adopted()},
     )
     manifest = Manifest(name=dataset, shards=[r.ref for r in results if r.ref.samples], lineage=[lineage])
     save(manifest, ctx.root)
@@ -171,6 +172,8 @@ class _Pulling:
         self.ctx, self.dataset, self.tally, self.progress, self.work = ctx, dataset, tally, progress, work
         self.results: list[Result] = []
         self.duplicates = 0  # rows that repeat an earlier one of their source
+        self._ignored: Counter[str] | None = None  # members of adopted tars that are no part of a sample
+        self._repeated = 0
         self._pullers: list[ShardPuller] = []
         self._started, self._noted = time.monotonic(), 0
 
@@ -206,10 +209,18 @@ class _Pulling:
         for position in range(first, last):
             result = adopter.adopt(source.tars[position], position)
             self.results.append(result)
+            self._ignored = (self._ignored or Counter()) + Counter(result.ignored)
+            self._repeated += result.repeated
             self.tally.total += result.rows
             self.tally.add(result, [])
             self.progress.total += result.rows
             self.progress.advance(result.rows)
+
+    def adopted(self) -> dict[str, Any]:
+        """What a manifest says of adopted tars besides rows and failures; nothing where there are none."""
+        if self._ignored is None:
+            return {}
+        return {"ignored_members": dict(sorted(self._ignored.items())), "repeated_keys": self._repeated}
 
     async def _source(self, source: Source, first: int, last: int) -> None:
         """Fetch the shards of one source, a few at a time; results are counted in order, and a lost cause is left early."""

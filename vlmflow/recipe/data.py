@@ -24,7 +24,8 @@ class SourceSpec(Section):
     table: str | None = Field(
         None,
         description="URI of a .parquet, .csv, .tsv, .jsonl, .ndjson or .json table (file, s3, http of an allowed host), or of a "
-        "folder (URI that ends in /) whose Parquet files together are the table, as Hugging Face datasets lie",
+        "folder (URI that ends in /, or in a pattern such as train-*.parquet) whose Parquet files together are the table, as "
+        "Hugging Face datasets lie",
     )
     shards: list[str] | None = Field(
         None,
