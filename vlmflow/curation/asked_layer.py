@@ -26,7 +26,7 @@ def endpoint(spec: EndpointFields, seed: int, **others: Any) -> Endpoint:
     """The endpoint that a section of the recipe describes; `others` replace what it says (another url_env, ...)."""
     given: dict[str, Any] = {
         "url_env": spec.endpoint_env, "key_env": spec.key_env, "model": str(spec.model_name),  # type: ignore[attr-defined]
-        "passing_limit": spec.failure_limit,  # type: ignore[attr-defined]
+        "lost_limit": spec.lost_limit,
     }  # fmt: skip
     given |= {"concurrency": spec.concurrency, "timeout": spec.timeout, "seed": seed}
     return Endpoint(**{**given, **others})
