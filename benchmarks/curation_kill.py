@@ -97,7 +97,7 @@ class Driver:
         step, manifest = STEPS[name], self.manifest
         if manifest and step.shards:
             manifest = manifest.model_copy(update={"shards": manifest.shards[: step.shards], "layers": {}})
-        given = manifest and manifest.model_dump_json()
+        given = manifest.model_dump_json() if manifest else None
         self.keep_state()
         self.forget()
         seconds = self.whole(name, given)

@@ -102,7 +102,7 @@ def attempt(name: str, state: Path, given: str | None, began: Any) -> None:
 
     from vlmflow.models import inference, store
 
-    inference.load = lambda folder: world.FakeVLM()  # type: ignore[assignment]
+    inference.load = lambda folder: world.FakeVLM()  # type: ignore[assignment,misc]
     store.fetch = lambda ref, scratch=None: Path("/nowhere")  # type: ignore[assignment]
     step, ctx = STEPS[name], _context(state)
     if step.dataset:

@@ -96,7 +96,8 @@ def write(folder: Path, samples: int) -> list[str]:
     chance, noise = random.Random(1), os.urandom(1 << 20)
     tars = []
     for first in range(0, samples, PER_SHARD):
-        path, index = folder / f"{first // PER_SHARD:05d}.tar", {}
+        path = folder / f"{first // PER_SHARD:05d}.tar"
+        index: dict[str, dict[str, list[int]]] = {}
         with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for number in range(first, min(first + PER_SHARD, samples)):
                 key, length = f"{number:09d}", min(400_000, int(chance.lognormvariate(11.0, 0.85)))
