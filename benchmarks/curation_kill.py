@@ -32,7 +32,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from curation_kill_world import CONCURRENCY, PER_SHARD, PRELOADED, STEPS, attempt, build, name_of, servers
+from curation_kill_world import CONCURRENCY, PATHS, PER_SHARD, PRELOADED, STEPS, attempt, build, name_of, servers
 
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.digest import sha256_file
@@ -44,11 +44,12 @@ LATE = 20  # kills that may come after the step's end, for each that is asked fo
 class Driver:
     """The servers, the state folder and the undisturbed results."""
 
-    def __init__(self, state: Path, site: Any, asked: Counter[str], seed: int, rows: int) -> None:
+    def __init__(self, state: Path, site: Any, models: str, asked: Counter[str], seed: int, rows: int) -> None:
         self.state, self.place, self.before, self.out = state, state / "run", state / "before", state / "made.json"
-        self.site, self.asked, self.chance = site, asked, random.Random(seed)
+        self.site, self.models, self.asked, self.chance = site, models, asked, random.Random(seed)
         build(state, site.url, rows)
         self.context = multiprocessing.get_context("forkserver")
+        os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])  # of the fork server
         self.context.set_forkserver_preload(
             [*PRELOADED, *(f"vlmflow.curation.{step.module}" for step in STEPS.values())]
         )
@@ -59,7 +60,7 @@ class Driver:
         self.out.unlink(missing_ok=True)
         self.place.mkdir(exist_ok=True)
         mine, theirs = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=attempt, args=(name, self.state, given, theirs))
+        process = self.context.Process(target=attempt, args=(name, self.state, self.models, given, theirs))
         process.start()
         theirs.close()
         try:
@@ -198,8 +199,8 @@ def compare(
     """Kill each of the steps; the others of the chain before them run undisturbed. Returns figures and problems by step."""
     asked: Counter[str] = Counter()
     found = {}
-    with servers(asked) as site:
-        driver = Driver(state, site, asked, seed, rows)
+    with servers(asked) as (site, models):
+        driver = Driver(state, site, models, asked, seed, rows)
         last = max(list(STEPS).index(name) for name in steps)
         for name in list(STEPS)[: last + 1]:
             if importlib.util.find_spec(f"vlmflow.curation.{STEPS[name].module}") is None:
@@ -229,7 +230,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     state = arguments.state or Path(tempfile.mkdtemp(prefix="vlmflow-curation-kill-"))
     state.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"VLMFLOW_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}
     print(f"{'step':<14}{'seconds':>8}{'kills':>7}{'objects':>9}{'asked again':>13}{'store':>20}")
     result = compare(arguments.steps, arguments.kills, arguments.seed, state, say=lambda line: print(line, flush=True))
     if arguments.json:
