@@ -45,7 +45,7 @@ class Driver:
     """The servers, the state folder and the undisturbed results."""
 
     def __init__(self, state: Path, site: Any, models: str, asked: Counter[str], seed: int, rows: int) -> None:
-        self.state, self.place, self.before, self.out = state, state / "run", state / "before", state / "made.json"
+        self.state, self.place, self.out = state, state / "run", state / "made.json"
         self.site, self.models, self.asked, self.chance = site, models, asked, random.Random(seed)
         build(state, site.url, rows)
         self.context = multiprocessing.get_context("forkserver")
@@ -80,14 +80,15 @@ class Driver:
             self._failed(name)
         return time.monotonic() - began
 
-    def keep_state(self) -> None:
-        shutil.rmtree(self.before, ignore_errors=True)
+    def keep(self, name: str) -> None:
+        """Copy what the store and the scratch folder hold, to be put back by `restore`."""
         self.place.mkdir(exist_ok=True)
-        shutil.copytree(self.place, self.before)
+        shutil.rmtree(self.state / name, ignore_errors=True)
+        shutil.copytree(self.place, self.state / name)
 
-    def restore(self) -> None:
+    def restore(self, name: str) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
-        shutil.copytree(self.before, self.place)
+        shutil.copytree(self.state / name, self.place)
         self.forget()
 
     def forget(self) -> None:
@@ -100,14 +101,15 @@ class Driver:
         if manifest and step.shards:
             manifest = manifest.model_copy(update={"shards": manifest.shards[: step.shards], "layers": {}})
         given = manifest.model_dump_json() if manifest else None
-        self.keep_state()
+        self.keep("before")
         self.forget()
         seconds = self.whole(name, given)
+        self.keep("after")
         calm, made = inventory(self.place), self.out.read_text()
         once = self.site.images + sum(self.asked.values())
         done, late, again, problems = 0, 0, 0, []
         while done < kills and late < LATE * kills:
-            self.restore()
+            self.restore("before")
             process = self.start(name, given)
             process.join(self.chance.uniform(0, seconds))
             alone = self.chance.random() < 0.5  # only the step's first process: the machine is short of memory
@@ -141,8 +143,7 @@ class Driver:
                 problems.append(f"{where}: {more} more requests, though {CONCURRENCY} at most were open")
         if done < kills:
             problems.append(f"only {done} of {kills} kills came before the step's end")
-        self.restore()
-        self.whole(name, given)
+        self.restore("after")
         if step.chained:
             self.manifest = Manifest.model_validate_json(made)
         return {
