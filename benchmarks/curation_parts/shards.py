@@ -208,6 +208,5 @@ def _equal(tars: list[str], samples: int) -> None:
         digest(sample["__key__"], {name: data for name, data in sample.items() if not name.startswith("__")})
         for sample in _pipeline(tars)
     )
-    assert len(ours) == samples and ours == theirs, (
-        f"readers differ: {len(ours)} and {len(theirs)} of {samples} samples"
-    )
+    if len(ours) != samples or ours != theirs:
+        raise SystemExit(f"the readers differ: {len(ours)} and {len(theirs)} of {samples} samples")
