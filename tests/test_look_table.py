@@ -240,3 +240,20 @@ def test_of_a_remote_shard_only_the_bytes_asked_for_travel(tmp_path, monkeypatch
     members = reading.members(2, "docs-00000017")
     assert ranges == [members["json"][1], members["png"][1]]
     assert reading.bytes_to_fetch() == sum(shard.bytes for shard in manifest.shards)
+
+
+def test_reasons_that_differ_in_numbers_and_keys_are_one():
+    import re
+
+    import duckdb
+
+    texts = {
+        "repeats web-00000301 (near, 4 bits apart)": "repeats # (near, # bits apart)",
+        "perplexity 1.2e-05, beyond 20 % (to 1,000.5)": "perplexity #, beyond # % (to #)",
+        "aspect 41.2 > 30": "aspect # > #",
+        "in the 'lowest' control": "in the 'lowest' control",
+    }
+    with duckdb.connect() as con:
+        for text, kind in texts.items():
+            assert con.execute(f"SELECT {table.kind_sql('?')}", [text]).fetchall() == [(kind,)]
+            assert re.sub(table.NUMBER, "#", text) == kind  # `show` counts without DuckDB

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from vlmflow.dataset.manifest import Manifest
 
-VERSION = 2  # raise when the same manifest would give another file
+VERSION = 3  # raise when the same manifest would give another file
 MEMORY = "2GB"  # of DuckDB; what does not fit is spilled to the scratch folder
 THREADS = 2
 DAY = 86400.0  # seconds
@@ -53,7 +53,7 @@ _SAMPLE_SCHEMA = {
     "id": "string", "url": "string", "text": "string", "talk": "string", "licence": "string", "images": "int64",
     "width": "int64", "height": "int64", "aspect": "float64", "format": "string", "sha256": "string",
 }  # fmt: skip
-NUMBER = r"[-+]?\d[\d.,]*(e[-+]?\d+)?"
+NUMBER = r"[\w.-]+-\d{8}\b|[-+]?\d+([.,]\d+)*(e[-+]?\d+)?"  # or the key of a sample
 _SHELL: dict[str, Any] = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
 
 
@@ -135,7 +135,7 @@ def literal(text: str) -> str:
 
 
 def kind_sql(expression: str) -> str:
-    """SQL that gives reasons which differ in their numbers one name: `perplexity 8.1 is beyond ...` -> `perplexity # is ...`."""
+    """SQL that gives reasons which differ in numbers or keys one name: `perplexity 8.1 is beyond ...` -> `perplexity # is ...`."""
     return f"regexp_replace({expression}, '{NUMBER}', '#', 'g')"
 
 
