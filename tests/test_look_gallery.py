@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlmflow import pages
 from vlmflow.dataset import shard as shard_module
-from vlmflow.errors import DataError
+from vlmflow.errors import DataError, ServiceError
 from vlmflow.look import cards, pictures, query, static, table
 from vlmflow.look.gallery import Gallery
 from vlmflow.look.samples import Samples
@@ -118,6 +118,11 @@ def test_another_host_name_gets_nothing(world, host):
 
 def test_localhost_is_this_machine_too(world):
     assert get(world.server, "/", Host=f"localhost:{world.server.server_port}")[0] == 200
+
+
+def test_a_port_that_is_taken_is_said(world):
+    with pytest.raises(ServiceError, match="choose another --port"):
+        GalleryServer(world.server.gallery, world.server.server_port)
 
 
 def test_it_listens_on_the_loopback_address_only(world):

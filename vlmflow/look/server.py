@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from vlmflow.errors import DataError, VlmflowError
+from vlmflow.errors import DataError, ServiceError, VlmflowError
 from vlmflow.look.gallery import Gallery
 
 LOOPBACK = "127.0.0.1"
@@ -70,14 +70,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class GalleryServer(ThreadingHTTPServer):
-    """Serves a gallery on the loopback address; `port` 0 takes a free one."""
+    """Serves a gallery on the loopback address; `port` 0 takes a free one. Raises ServiceError when the port is taken."""
 
     daemon_threads = True
 
     def __init__(self, gallery: Gallery, port: int = 0) -> None:
         self.gallery = gallery
         self._places = threading.BoundedSemaphore(CONNECTIONS)
-        super().__init__((LOOPBACK, port), _Handler)
+        try:
+            super().__init__((LOOPBACK, port), _Handler)
+        except OSError as error:
+            raise ServiceError(
+                f"cannot serve at {LOOPBACK}:{port}: {error.strerror or error}; choose another --port, or 0 for a free one"
+            ) from error
 
     @property
     def url(self) -> str:
