@@ -13,6 +13,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+import duckdb
+
 from vlmflow.errors import DataError, ServiceError, VlmflowError
 from vlmflow.look.gallery import Gallery
 
@@ -44,6 +46,8 @@ class _Handler(BaseHTTPRequestHandler):
             answer = HTTPStatus.BAD_REQUEST, "text/plain; charset=utf-8", f"{error}\n".encode()
         except VlmflowError as error:
             answer = HTTPStatus.BAD_GATEWAY, "text/plain; charset=utf-8", f"{error}\n".encode()
+        except duckdb.Error as error:  # memory or disk ran out
+            answer = HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", f"{error}\n".encode()
         self._send(*answer)
 
     do_HEAD = do_GET
