@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from vlmflow.errors import DataError
-from vlmflow.look.table import Column, Table, kind_sql, quoted
+from vlmflow.look.sql import kind_sql, quoted
+from vlmflow.look.table import Column, Table
 
 if TYPE_CHECKING:
     import duckdb
