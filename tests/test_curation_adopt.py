@@ -16,6 +16,7 @@ from test_curation_pull import context
 from vlmflow import storage
 from vlmflow.curation import adopt, pull
 from vlmflow.curation.pull_shard import read_failures
+from vlmflow.curation.tar_stream import expand
 from vlmflow.dataset.layer import add_layer
 from vlmflow.dataset.shard import ShardReader
 from vlmflow.dataset.window import LeasedShard, Window
@@ -286,7 +287,7 @@ def test_any_tar_is_read_to_its_end_or_refused(tmp_path):
 
 def test_ranges_and_fields_are_checked_before_anything_is_read(tmp_path):
     tar(tmp_path / "t.tar", good(0, 2))
-    assert adopt.expand(["s3://b/{00..02}/x-{8..9}.tar"], "f") == [
+    assert expand(["s3://b/{00..02}/x-{8..9}.tar"], "f") == [
         f"s3://b/{n:02d}/x-{m}.tar" for n in range(3) for m in (8, 9)
     ]
     with pytest.raises(DataError, match=r"data\.web\.sources\.old\.shards: '\{5\.\.1\}'.* names no tars"):
@@ -355,3 +356,41 @@ def test_preflight_names_a_missing_tar(tmp_path):
     preflight._tars([str(tmp_path / "t-{0..0}.tar")], "data.web.sources.old.shards")
     with pytest.raises(DataError, match=r"data\.web\.sources\.old\.shards: there is no tar at .*t-1\.tar"):
         preflight._tars([str(tmp_path / "t-{0..1}.tar")], "data.web.sources.old.shards")
+
+
+@pytest.mark.parametrize("write", range(5))
+def test_killed_between_any_two_writes_and_started_again(tmp_path, monkeypatch, write):
+    """Index, metas, failures, record, stamp: whichever was the last to land, the next run ends in the same shard."""
+    tar(tmp_path / "t.tar", [*good(0, 3), ("bad.jpg", b"no")])
+    spec = source(tmp_path, "t.tar")
+    whole = pull.run(context(tmp_path / "whole", spec), "web")
+    put, count = storage.write_bytes, [0]
+
+    def dying(uri, data):
+        if "/adopted/" in uri:
+            count[0] += 1
+            if count[0] == write + 1:
+                raise KeyboardInterrupt
+        put(uri, data)
+
+    ctx = context(tmp_path / "killed", spec)
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "write_bytes", dying)
+        with pytest.raises(KeyboardInterrupt):
+            pull.run(ctx, "web")
+    again = pull.run(ctx, "web")
+    assert [(s.sha256, s.samples) for s in again.shards] == [(s.sha256, s.samples) for s in whole.shards]
+    assert again.lineage == whole.lineage and len(samples(again)) == 3
+
+
+def test_a_tar_that_changes_while_it_is_read_is_refused(tmp_path, monkeypatch):
+    path = tar(tmp_path / "t.tar", good(0, 2))
+    finish = adopt._Reading._finish
+
+    def meanwhile(self, group):
+        os.utime(path, ns=(5, 5))
+        finish(self, group)
+
+    monkeypatch.setattr(adopt._Reading, "_finish", meanwhile)
+    with pytest.raises(DataError, match=r"t\.tar was changed while it was read"):
+        pull.run(context(tmp_path, source(tmp_path, "t.tar")), "web")

@@ -13,7 +13,7 @@ import pytest
 from curation_server import picture
 
 from vlmflow import storage
-from vlmflow.curation import table_files
+from vlmflow.curation import table_records
 from vlmflow.curation.cells import Cells
 from vlmflow.curation.table import Columns, check_columns, columns_of, count_rows, localize, read_rows
 from vlmflow.digest import sha256_bytes
@@ -129,7 +129,7 @@ def test_parquet_in_a_store_is_read_by_ranges_and_never_copied(tmp_path, monkeyp
 
 
 def test_a_json_list_is_read_piece_by_piece(tmp_path, monkeypatch):
-    monkeypatch.setattr(table_files, "_BLOCK", 16)
+    monkeypatch.setattr(table_records, "_BLOCK", 16)
     path = tmp_path / "t.json"
     path.write_text(" [ " + " ,\n".join(json.dumps(r) for r in ROWS) + " ]\n")
     assert [r.text for r in rows_of(path, tmp_path)] == [r["text"] for r in ROWS]
@@ -225,3 +225,20 @@ def test_damaged_parquet_says_where(tmp_path):
     path.write_bytes(data[:500])
     with pytest.raises(DataError, match="is not Parquet"):
         rows_of(path, tmp_path)
+
+
+def test_text_that_utf8_cannot_hold_is_mended_and_nesting_is_bounded(tmp_path):
+    path = tmp_path / "t.jsonl"
+    turns = [{"from": "human", "value": "a \ud800"}, {"from": "gpt", "value": "b"}]
+    row = {"url": "http://h/1", "text": "x\udfff", "k\ud800": "\ud83d", "chat": turns}
+    path.write_text(json.dumps(row) + "\n")
+    columns = Columns(text="text", conversations="chat")
+    (found,) = rows_of(path, tmp_path, columns)
+    assert (found.text, found.extra, found.conversations[0]["value"]) == ("x?", {"k?": "?"}, "a ?")
+    assert found.fingerprint
+    path.write_text('{"url": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    with pytest.raises(DataError, match=r"line 1: not JSON"):
+        rows_of(path, tmp_path, Columns())
+    path.write_text(json.dumps({"url": "u", "chat": "[" * 100_000}))
+    (found,) = rows_of(path, tmp_path, Columns(conversations="chat"))
+    assert found.problem[0] == "bad_conversations"

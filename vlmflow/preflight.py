@@ -227,7 +227,7 @@ def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, cand
 
 def _tars(shards: list[str], field: str) -> None:
     """Look for the tars of a source (of many, for some). Raises DataError naming the first that is not there."""
-    from vlmflow.curation.adopt import expand
+    from vlmflow.curation.tar_stream import expand
 
     uris = expand(shards, field)
     for uri in uris[:: -(-len(uris) // LOOKED_FOR)]:

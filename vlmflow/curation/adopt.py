@@ -27,37 +27,15 @@ from vlmflow.digest import canonical, digest, sha256_bytes
 from vlmflow.errors import DataError, NotFound
 
 VERSION = 1  # raise when the same tar and settings would give other samples
-MAX_TARS = 1_000_000
 MAX_TEXT = 8 << 20  # bytes of one text or JSON member
 MAX_MEMBERS = 1000  # of one sample
 WAITING = 64 << 20  # bytes of pictures that wait for a thread
 IGNORED = 100  # kinds of members that are counted one by one
 THREADS = 4
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _IMAGE = re.compile(r"(?:(?:img|image)?[_-]?(\d+)\.)?(?:jpe?g|png|webp)$")
 _OTHER_IMAGE = re.compile(r"(?:(?:img|image)?[_-]?\d+\.)?(?:gif|bmp|tiff?)$")
 _TEXTS = ("txt", "text", "caption")
 _UNCHANGED = "the tar is not changed, so it cannot be converted"
-
-
-def expand(uris: list[str], field_name: str) -> list[str]:
-    """URIs with ``{00000..00099}`` written out. Raises DataError for none, too many, or one that stands twice."""
-    found: list[str] = []
-    for uri in uris:
-        pending = [uri]
-        while pending and (match := _RANGE.search(pending[0])):
-            first, last = int(match[1]), int(match[2])
-            if last < first or len(pending) * (last - first + 1) > MAX_TARS:
-                raise DataError(
-                    f"{field_name}: '{match[0]}' of {uri} names no tars, or more than {MAX_TARS}; write {{first..last}}"
-                )
-            width = len(match[1])
-            pending = [_RANGE.sub(f"{n:0{width}d}", p, count=1) for p in pending for n in range(first, last + 1)]
-        found += pending
-    repeated = [uri for uri, count in Counter(found).items() if count > 1]
-    if repeated:
-        raise DataError(f"{field_name} names {repeated[0]} twice; its samples would be trained on twice")
-    return found
 
 
 @dataclass
@@ -156,8 +134,10 @@ class _Reading:
 
     def run(self) -> tuple[Adopted, str]:
         """The shard, and the URI of its record."""
-        stream = TarStream(self.uri)
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="adopt") as self._pool:
+        with (
+            TarStream(self.uri) as stream,
+            ThreadPoolExecutor(THREADS, thread_name_prefix="adopt") as self._pool,
+        ):
             for group in self._groups(stream):
                 self._finish(group)
         self._check_columns()

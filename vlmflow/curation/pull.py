@@ -19,7 +19,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vlmflow.curation.adopt import Adopter, expand
+from vlmflow.curation.adopt import Adopter
+from vlmflow.curation.allocator import keep_buffers
 from vlmflow.curation.bucket import Bucket
 from vlmflow.curation.cells import Cells
 from vlmflow.curation.fetch import Fetcher, Limits
@@ -28,6 +29,7 @@ from vlmflow.curation.judges import Judges
 from vlmflow.curation.pull_shard import Plan, Result, ShardPuller
 from vlmflow.curation.pull_tally import Tally
 from vlmflow.curation.table import Row, Table, check_columns, columns_of, count_rows, localize, read_rows
+from vlmflow.curation.tar_stream import expand
 from vlmflow.dataset.manifest import Lineage, Manifest, save
 from vlmflow.digest import canonical, digest
 from vlmflow.errors import DataError, RecipeError, StepFailed
@@ -174,6 +176,7 @@ class _Pulling:
 
     def all(self, spans: list[tuple[Source, int, int]], final: bool) -> None:
         """Pull shards `first` to `last` of each source. `final`: the verdict over the dataset falls here."""
+        keep_buffers()
         try:
             for source, first, last in spans:
                 if source.tars:
@@ -214,14 +217,13 @@ class _Pulling:
         params = {**_params(pull), "licence": source.spec.licence}
         if source.spec.image_root:
             params["image_root"] = source.spec.image_root
-        urls, rows = self._look(source, first, last)
-        self.duplicates += rows.repeats
+        urls, seen = self._look(source, first, last), FirstSeen(self.work)
         tasks: dict[int, asyncio.Task[Result]] = {}  # by shard; a finished one serves rows that share images
         waiting: list[asyncio.Task[Result]] = []
         with ThreadPoolExecutor(min(JUDGES, (os.cpu_count() or 1) + 1), thread_name_prefix="pull") as pool:
             async with _images(source, pull, self.work) as fetcher:
                 rows_of = self._rows(source, first, last, fetcher if isinstance(fetcher, Cells) else None)
-                plans = _plans(rows_of, source.name, pull.samples_per_shard, params, urls)
+                plans = _plans(_counted(rows_of, seen), source.name, pull.samples_per_shard, params, urls)
                 judges = Judges(pool, pool._max_workers)
                 puller = ShardPuller(
                     self.ctx.root,
@@ -249,20 +251,20 @@ class _Pulling:
                         task.cancel()
                     left = await asyncio.gather(*waiting, return_exceptions=True)
                     self.results += [result for result in left if isinstance(result, Result)]
+        self.duplicates += seen.seal().repeats
 
     def _rows(self, source: Source, first: int, last: int, cells: Cells | None = None) -> Iterator[Row]:
         size, field = self.ctx.recipe.pull.samples_per_shard, f"data.{self.dataset}.sources.{source.name}"
         assert source.table is not None
         return read_rows(source.table, columns_of(source.spec), field, first * size, last * size, cells)
 
-    def _look(self, source: Source, first: int, last: int) -> tuple[FirstSeen, FirstSeen]:
-        """URLs and rows that repeat: a first pass over the table."""
-        urls, rows = FirstSeen(self.work), FirstSeen(self.work)
-        for row in self._rows(source, first, last):
+    def _look(self, source: Source, first: int, last: int) -> FirstSeen:
+        """URLs that repeat: a first pass over the table, unless its images lie in it."""
+        urls = FirstSeen(self.work)
+        for row in self._rows(source, first, last) if not source.spec.image_column else ():
             for url in row.addresses:
                 urls.add(url.encode("utf-8", "surrogatepass"), row.index)
-            rows.add(canonical([row.urls, row.text, row.conversations, row.preferences]), row.index)
-        return urls.seal(), rows.seal()
+        return urls.seal()
 
     def _advance(self, fetcher: Fetcher | Bucket | Cells) -> Any:
         def advance(rows: int) -> None:
@@ -312,6 +314,13 @@ def _images(source: Source, pull: Any, work: Path) -> Fetcher | Bucket | Cells:
     if source.spec.image_root:
         return Bucket(source.spec.image_root, pull.max_bytes)
     return Fetcher(_limits(pull), work)
+
+
+def _counted(rows: Iterator[Row], seen: FirstSeen) -> Iterator[Row]:
+    """Rows as they pass, for those that repeat an earlier one."""
+    for row in rows:
+        seen.add(canonical([row.urls, row.text, row.conversations, row.preferences]), row.index)
+        yield row
 
 
 def _plans(rows: Iterator[Row], source: str, size: int, params: dict[str, Any], urls: FirstSeen) -> Iterator[Plan]:

@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
-from vlmflow.curation import table_files
+from vlmflow.curation import table_records
 from vlmflow.curation.cells import Cell, Cells, address, images_of
-from vlmflow.curation.table_files import Table, check_host, count_rows, localize
+from vlmflow.curation.table_files import Table, check_host, localize
+from vlmflow.curation.table_records import count_rows
 from vlmflow.curation.turns import conversations, preferences, utf8
 from vlmflow.digest import digest
 from vlmflow.errors import DataError
@@ -127,7 +128,7 @@ def read_rows(
     """
     columns = _present(table, columns, field_name)
     named = {name for kind in _KINDS for name in _names(columns, kind)}
-    found = table_files.records(table, start, stop, [columns.image] if columns.image else [])
+    found = table_records.records(table, start, stop, [columns.image] if columns.image else [])
     for index, record in enumerate(found, start):
         yield row_of(index, record, columns, named, cells)
 
@@ -141,10 +142,10 @@ def _present(table: Table, columns: Columns, field_name: str) -> Columns:
     """The columns that the table really has."""
     try:
         if table.parquet:
-            present = table_files.columns(table)
+            present = table_records.columns(table)
         else:
             present = list(
-                dict.fromkeys(name for record in islice(table_files.records(table), _PEEK) for name in record)
+                dict.fromkeys(name for record in islice(table_records.records(table), _PEEK) for name in record)
             )
     except DataError as error:
         raise DataError(f"{field_name}.table: {table.uri}: {error}") from error

@@ -7,8 +7,11 @@ here: every byte up to the end mark is accounted for, or it is an error that say
 from __future__ import annotations
 
 import hashlib
+import re
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 from vlmflow import storage
@@ -16,6 +19,8 @@ from vlmflow.dataset.fetch import PART, retried
 from vlmflow.errors import DataError
 
 BLOCK = tarfile.BLOCKSIZE
+MAX_TARS = 1_000_000  # of one source
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _LONGEST_NAME = 1 << 20  # bytes of a header that holds a name
 _REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
@@ -26,6 +31,26 @@ _CALLED = {
     tarfile.CHRTYPE: "a device",
     tarfile.BLKTYPE: "a device",
 }
+
+
+def expand(uris: list[str], field_name: str) -> list[str]:
+    """URIs with ``{00000..00099}`` written out. Raises DataError for none, too many, or one that stands twice."""
+    found: list[str] = []
+    for uri in uris:
+        pending = [uri]
+        while pending and (match := _RANGE.search(pending[0])):
+            first, last = int(match[1]), int(match[2])
+            if last < first or len(pending) * (last - first + 1) > MAX_TARS:
+                raise DataError(
+                    f"{field_name}: '{match[0]}' of {uri} names no tars, or more than {MAX_TARS}; write {{first..last}}"
+                )
+            width = len(match[1])
+            pending = [_RANGE.sub(f"{n:0{width}d}", p, count=1) for p in pending for n in range(first, last + 1)]
+        found += pending
+    repeated = [uri for uri, count in Counter(found).items() if count > 1]
+    if repeated:
+        raise DataError(f"{field_name} names {repeated[0]} twice; its samples would be trained on twice")
+    return found
 
 
 class Member(NamedTuple):
@@ -39,12 +64,16 @@ class Member(NamedTuple):
 
 
 class TarStream:
-    """A stored tar read from its beginning to its end; afterwards `sha256` and `size` are those of all its bytes."""
+    """A stored tar read from its beginning to its end; afterwards `sha256` and `size` are those of all its bytes. A context."""
 
     def __init__(self, uri: str) -> None:
         self.uri, self.at, self.size = uri, 0, storage.size(uri)
         self._hash = hashlib.sha256()
         self._held = memoryview(b"")
+        self._next: Future[bytes] | None = None
+        self._reader = ThreadPoolExecutor(
+            1, thread_name_prefix="tar"
+        )  # the store is waited for while pictures are judged
 
     @property
     def sha256(self) -> str:
@@ -74,17 +103,33 @@ class TarStream:
         return length - left
 
     def _fill(self) -> None:
-        wanted = min(PART, self.size - self.at)
-        if wanted <= 0:
+        """The next part, and a request for the one after it."""
+        if self.at >= self.size:
             return
-        data = retried(lambda: storage.read_bytes(self.uri, self.at, wanted))
-        if len(data) != wanted:
-            raise DataError(
-                f"{self.uri}: {len(data)} of {wanted} bytes came from byte {self.at}; it was changed while it was read. Let whoever "
-                "writes it finish, then run the command again."
-            )
+        data = (self._next or self._ask(self.at)).result()
+        after = self.at + len(data)
+        self._next = self._ask(after) if after < self.size else None
         self._hash.update(data)
         self._held = memoryview(data)
+
+    def _ask(self, start: int) -> Future[bytes]:
+        return self._reader.submit(self._part, start)
+
+    def _part(self, start: int) -> bytes:
+        wanted = min(PART, self.size - start)
+        data = retried(lambda: storage.read_bytes(self.uri, start, wanted))
+        if len(data) != wanted:
+            raise DataError(
+                f"{self.uri}: {len(data)} of {wanted} bytes came from byte {start}; it was changed while it was read. Let whoever "
+                "writes it finish, then run the command again."
+            )
+        return data
+
+    def __enter__(self) -> TarStream:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._reader.shutdown(cancel_futures=True)
 
 
 def members(stream: TarStream, keep: Callable[[str, int], bool], whole: Callable[[], int]) -> Iterator[Member]:
