@@ -112,7 +112,7 @@ def test_pictures_that_no_decoder_may_take_on_are_refused_or_judged_by_structure
     monkeypatch.setattr("vlmflow.curation.accept._LARGE", 1000)
     assert accept(JPEGS[1], 10_000).width == 61, "progressive: 2,623 pixels of coefficients are too many to decode"
     assert accept(PNGS[0], 10_000).width == 31
-    with pytest.raises(Rejected, match="too_many_pixels.*takes 0 MiB to decode"):
+    with pytest.raises(Rejected, match=r"too_many_pixels.*takes 0 MiB to decode"):
         accept(encoded(noise("RGB"), "WEBP"), 10_000)
     with pytest.raises(Rejected, match="too_many_pixels"):
         accept(encoded(noise("L"), "GIF"), 10_000)
