@@ -24,6 +24,7 @@ _WEBP = 16  # two canvases of the decoder and two copies
 _PNG_MODES = ("1", "L", "LA", "RGB", "RGBA", "I;16")
 _FLAT_MODES = ("L", "RGB", "CMYK")  # resized as they are; others are first laid on white in RGB
 _FLATTENED = 20
+_RESAMPLED = 12  # arrays of what is left after whole steps
 
 
 class Budget:
@@ -53,21 +54,24 @@ DECODING = Budget(DECODE_BYTES)
 
 def decode_bytes(image: Image.Image, kind: str, resize: ResizeSpec | None, whole: bool) -> int:
     """Bytes that decoding an opened picture takes at most; `whole` when its structure is known to be plain."""
-    pixels = image.width * image.height
+    pixels, longest = image.width * image.height, max(image.width, image.height)
     stored = _STORED.get(image.mode, 4)
-    flat = image.mode in _FLAT_MODES and "transparency" not in image.info
-    extra = 0 if resize is None else stored // 4 if flat else _FLATTENED
+    shrink, extra = 8, 0.0
+    if resize is not None:
+        while shrink > 1 and longest < shrink * resize.side:
+            shrink //= 2
+        rest = longest // (shrink if kind == "JPEG" else 1)
+        extra = _RESAMPLED / max(1, rest // resize.side) ** 2
+        if image.mode not in _FLAT_MODES or "transparency" in image.info:
+            extra += _FLATTENED
     if kind == "WEBP":
-        return pixels * (_WEBP + extra)
+        return int(pixels * (_WEBP + extra))
     if kind != "JPEG":
         if resize is None and kind != "PNG":  # becomes PNG: a copy, and another where PNG has no such mode
             extra = stored + 1 if image.mode in _PNG_MODES else stored + 9
-        return pixels * (stored + extra)
+        return int(pixels * (stored + extra))
     several_scans = not whole or "progressive" in image.info or "progression" in image.info
     layers = getattr(image, "layer", ())
     most = max((part[1] * part[2] for part in layers), default=1)
     coefficients = 2 * pixels * sum(part[1] * part[2] for part in layers) // most if several_scans else 0
-    shrink = 8
-    while resize is not None and shrink > 1 and max(image.width, image.height) < shrink * resize.side:
-        shrink //= 2
-    return coefficients + pixels // shrink**2 * (stored + extra)
+    return coefficients + int(pixels // shrink**2 * (stored + extra))
