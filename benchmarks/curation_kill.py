@@ -3,8 +3,8 @@
     python benchmarks/curation_kill.py --kills 20
     python benchmarks/curation_kill.py --steps pull caption --kills 100 --seed 7
 
-Each step of `STEPS` runs once undisturbed on a few hundred small pictures. Then, as often as asked: its processes get
-SIGKILL at an instant drawn from the step's own duration, the store is looked at (what stands under a final name must be
+Each step of `STEPS` runs once undisturbed on a few hundred small pictures. Then, as often as asked: all its processes, or
+the first alone, get SIGKILL at an instant drawn from the step's own duration, the store is looked at (what stands under a final name must be
 whole, and what the undisturbed run wrote), and the same step runs again, on the same machine or, every second time,
 on another one, without the scratch folder. At the end every object of the two stores must be equal; what had landed in
 a finished shard or part must not have been fetched or asked for again. Servers of pictures and of captions run in the
@@ -26,12 +26,13 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from curation_kill_world import CONCURRENCY, PER_SHARD, PRELOADED, STEPS, attempt, build, name_of, servers
+from curation_kill_world import CONCURRENCY, PATHS, PER_SHARD, PRELOADED, STEPS, attempt, build, name_of, servers
 
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.digest import sha256_file
@@ -43,11 +44,12 @@ LATE = 20  # kills that may come after the step's end, for each that is asked fo
 class Driver:
     """The servers, the state folder and the undisturbed results."""
 
-    def __init__(self, state: Path, site: Any, asked: Counter[str], seed: int, rows: int) -> None:
-        self.state, self.place, self.before, self.out = state, state / "run", state / "before", state / "made.json"
-        self.site, self.asked, self.chance = site, asked, random.Random(seed)
+    def __init__(self, state: Path, site: Any, models: str, asked: Counter[str], seed: int, rows: int) -> None:
+        self.state, self.place, self.out = state, state / "run", state / "made.json"
+        self.site, self.models, self.asked, self.chance = site, models, asked, random.Random(seed)
         build(state, site.url, rows)
         self.context = multiprocessing.get_context("forkserver")
+        os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])  # of the fork server
         self.context.set_forkserver_preload(
             [*PRELOADED, *(f"vlmflow.curation.{step.module}" for step in STEPS.values())]
         )
@@ -58,7 +60,7 @@ class Driver:
         self.out.unlink(missing_ok=True)
         self.place.mkdir(exist_ok=True)
         mine, theirs = self.context.Pipe(duplex=False)
-        process = self.context.Process(target=attempt, args=(name, self.state, given, theirs))
+        process = self.context.Process(target=attempt, args=(name, self.state, self.models, given, theirs))
         process.start()
         theirs.close()
         try:
@@ -78,14 +80,15 @@ class Driver:
             self._failed(name)
         return time.monotonic() - began
 
-    def keep_state(self) -> None:
-        shutil.rmtree(self.before, ignore_errors=True)
+    def keep(self, name: str) -> None:
+        """Copy what the store and the scratch folder hold, to be put back by `restore`."""
         self.place.mkdir(exist_ok=True)
-        shutil.copytree(self.place, self.before)
+        shutil.rmtree(self.state / name, ignore_errors=True)
+        shutil.copytree(self.place, self.state / name)
 
-    def restore(self) -> None:
+    def restore(self, name: str) -> None:
         shutil.rmtree(self.place, ignore_errors=True)
-        shutil.copytree(self.before, self.place)
+        shutil.copytree(self.state / name, self.place)
         self.forget()
 
     def forget(self) -> None:
@@ -97,22 +100,28 @@ class Driver:
         step, manifest = STEPS[name], self.manifest
         if manifest and step.shards:
             manifest = manifest.model_copy(update={"shards": manifest.shards[: step.shards], "layers": {}})
-        given = manifest and manifest.model_dump_json()
-        self.keep_state()
+        given = manifest.model_dump_json() if manifest else None
+        self.keep("before")
         self.forget()
         seconds = self.whole(name, given)
+        self.keep("after")
         calm, made = inventory(self.place), self.out.read_text()
         once = self.site.images + sum(self.asked.values())
         done, late, again, problems = 0, 0, 0, []
         while done < kills and late < LATE * kills:
-            self.restore()
+            self.restore("before")
             process = self.start(name, given)
             process.join(self.chance.uniform(0, seconds))
-            if process.exitcode is not None:
+            alone = self.chance.random() < 0.5  # only the step's first process: the machine is short of memory
+            if process.exitcode is None:
+                with suppress(ProcessLookupError):  # it ended this moment
+                    (os.kill if alone else os.killpg)(process.pid, signal.SIGKILL)
+                process.join()
+            if process.exitcode == 0:
                 seconds, late = seconds * 0.8, late + 1  # a quieter moment than the undisturbed run had
                 continue
-            os.killpg(process.pid, signal.SIGKILL)
-            process.join()
+            if process.exitcode > 0:
+                self._failed(name)
             done += 1
             where = f"kill {done} of {name}"
             problems += [f"{where}: {text}" for text in self._partial(calm)]
@@ -120,6 +129,8 @@ class Driver:
             if elsewhere := done % 2 == 0:
                 shutil.rmtree(self.place / "scratch", ignore_errors=True)
             self.whole(name, given)
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # workers that outlived it
             problems += [f"{where}: {text}" for text in differences(calm, inventory(self.place))]
             if self.out.read_text() != made:
                 problems.append(f"{where}: another manifest is returned")
@@ -132,8 +143,7 @@ class Driver:
                 problems.append(f"{where}: {more} more requests, though {CONCURRENCY} at most were open")
         if done < kills:
             problems.append(f"only {done} of {kills} kills came before the step's end")
-        self.restore()
-        self.whole(name, given)
+        self.restore("after")
         if step.chained:
             self.manifest = Manifest.model_validate_json(made)
         return {
@@ -190,8 +200,8 @@ def compare(
     """Kill each of the steps; the others of the chain before them run undisturbed. Returns figures and problems by step."""
     asked: Counter[str] = Counter()
     found = {}
-    with servers(asked) as site:
-        driver = Driver(state, site, asked, seed, rows)
+    with servers(asked) as (site, models):
+        driver = Driver(state, site, models, asked, seed, rows)
         last = max(list(STEPS).index(name) for name in steps)
         for name in list(STEPS)[: last + 1]:
             if importlib.util.find_spec(f"vlmflow.curation.{STEPS[name].module}") is None:
@@ -221,7 +231,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     state = arguments.state or Path(tempfile.mkdtemp(prefix="vlmflow-curation-kill-"))
     state.mkdir(parents=True, exist_ok=True)
-    os.environ |= {"VLMFLOW_QUIET": "1", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore:resource_tracker"}
     print(f"{'step':<14}{'seconds':>8}{'kills':>7}{'objects':>9}{'asked again':>13}{'store':>20}")
     result = compare(arguments.steps, arguments.kills, arguments.seed, state, say=lambda line: print(line, flush=True))
     if arguments.json:

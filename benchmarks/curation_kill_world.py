@@ -90,19 +90,21 @@ STEPS = {
 }
 
 
-def attempt(name: str, state: Path, given: str | None, began: Any) -> None:
+def attempt(name: str, state: Path, models: str, given: str | None, began: Any) -> None:
     """One run of one step, in a process and session of its own; `began` hears when the step itself starts.
 
-    The store is ``run/root`` of the state folder, the manifest that the step returns is left in ``made.json``.
+    The store is ``run/root`` of the state folder, the manifest that the step returns is left in ``made.json``; `models` is
+    the address of the models' server.
     """
     os.setsid()
+    os.environ.update({"VLMFLOW_CAPTION_URL": models, "VLMFLOW_FUSE_URL": models, "VLMFLOW_QUIET": "1"})
     for stream in (sys.stdout, sys.stderr):
         os.dup2(os.open(state / "output.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream.fileno())
     import curation_world as world
 
     from vlmflow.models import inference, store
 
-    inference.load = lambda folder: world.FakeVLM()  # type: ignore[assignment]
+    inference.load = lambda folder: world.FakeVLM()  # type: ignore[assignment,misc]
     store.fetch = lambda ref, scratch=None: Path("/nowhere")  # type: ignore[assignment]
     step, ctx = STEPS[name], _context(state)
     if step.dataset:
@@ -207,18 +209,10 @@ def answer(body: dict[str, Any], asked: Counter[str]) -> dict[str, Any]:
 
 
 @contextmanager
-def servers(asked: Counter[str]) -> Iterator[Any]:
-    """The server of pictures; that of models is in the environment, which the steps' processes inherit."""
+def servers(asked: Counter[str]) -> Iterator[tuple[Any, str]]:
+    """The server of pictures, and the address of that of models."""
     import curation_server
     import curation_world as world
 
     with curation_server.serving() as site, world.serving(lambda body, number: answer(body, asked)) as (_, url):
-        path = os.pathsep.join([*PATHS, os.environ.get("PYTHONPATH", "")])  # the fork server imports for all steps
-        values = {"VLMFLOW_CAPTION_URL": url, "VLMFLOW_FUSE_URL": url, "PYTHONPATH": path}
-        before = {name: os.environ.get(name) for name in values}
-        os.environ.update(values)
-        try:
-            yield site
-        finally:
-            for name, value in before.items():
-                os.environ.pop(name) if value is None else os.environ.update({name: value})
+        yield site, url

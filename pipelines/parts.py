@@ -47,7 +47,7 @@ def datasets(resolved, seed="", web="", sft="", shard_groups=None, **of) -> dict
 
 
 def _pulled(resolved, name, shard_groups):
-    dealt = repeatable(deal(recipe=resolved, dataset=name, count=shard_groups))
+    dealt = once(deal(recipe=resolved, dataset=name, count=shard_groups))  # by the tables as they are now
     with dsl.ParallelFor(dealt.output) as group:
         part = repeatable(pull(recipe=resolved, dataset=name, group=group)).set_display_name(f"pull {name}, a group")
     return dsl.Collected(part.outputs["data"])

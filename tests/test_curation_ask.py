@@ -117,12 +117,12 @@ def test_what_passes_is_asked_again_next_time_and_what_stays_is_not(tmp_path, mo
 def test_too_many_lost_requests_stop_the_step_and_keep_the_answers(tmp_path, monkeypatch):
     sick = lambda body, n: web.Response(status=502) if words(body) > "p1" else chat("fine")  # noqa: E731
     with serving(sick) as (_, url):
-        step = asker(tmp_path, monkeypatch, url, passing_limit=0.5, concurrency=1)
+        step = asker(tmp_path, monkeypatch, url, lost_limit=0.5, concurrency=1)
         with pytest.raises(ServiceError, match=r"left 3 of 5 requests.*3 x HTTP 502.*allows 50.0%"):
             step.rows("s0", (one(f"p{i}") for i in range(5)))
         step.close()
     with serving(lambda body, n: chat("fine")) as (server, url):
-        step = asker(tmp_path, monkeypatch, url, passing_limit=0.5, concurrency=1)
+        step = asker(tmp_path, monkeypatch, url, lost_limit=0.5, concurrency=1)
         assert all(row["text"] == "fine" for row in step.rows("s0", (one(f"p{i}") for i in range(5))))
         step.close()
     assert [words(b) for b in server.bodies] == ["p2", "p3", "p4"]
@@ -164,7 +164,7 @@ def test_no_more_pictures_are_in_memory_than_requests_are_open(tmp_path, monkeyp
         assert len(step.rows("s0", (script(i) for i in range(60)), pictures=True)) == 60
         step.close()
     gc.collect()
-    assert 3 <= most[0] <= 5  # three asked, one being made, one just done
+    assert 1 <= most[0] <= 5  # three asked, one being made, one just done; of 60
 
 
 def test_a_limited_server_is_slowed_down_for_and_everything_is_answered(tmp_path, monkeypatch):
@@ -187,7 +187,8 @@ def test_a_limited_server_is_slowed_down_for_and_everything_is_answered(tmp_path
         step = asker(tmp_path, monkeypatch, url, concurrency=32)
         rows = step.rows("s0", (one(f"p{i}") for i in range(300)))
         step.close()
-    assert all(r["text"] == "fine" for r in rows) and refused
+    assert all(r["text"] == "fine" for r in rows)
+    assert 0 < len(refused) < 600  # without a pace 32 open requests at three slots made 1287 and more
 
 
 # --- whole steps --------------------------------------------------------------------------------------------------------
@@ -259,7 +260,7 @@ def test_neither_key_nor_password_nor_address_is_written_anywhere(tmp_path, monk
             for name, value in secret.items():
                 monkeypatch.setenv(name, value)
             monkeypatch.setenv("ASK_URL", url if secret else url.replace("http://", "http://me:hunter2@"))
-            ctx = context(tmp_path / str(len(seen)), caption=CAPTION | {"failure_limit": 0.2})
+            ctx = context(tmp_path / str(len(seen)), caption=CAPTION | {"failure_limit": 0.5})
             with pytest.raises(ServiceError) as error:
                 caption.run(ctx, dataset(tmp_path / "d", captioned(8), per_shard=8))
             seen.append(server.headers[0]["Authorization"].split()[0])

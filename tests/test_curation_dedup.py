@@ -191,7 +191,7 @@ def test_many_equal_and_many_alike_hashes_cost_no_pairs(tmp_path, monkeypatch):
     import pyarrow as pa
 
     empty = pa.array([[]] * n, pa.list_(pa.int64()))
-    samples = dedup._Samples(
+    samples = dedup.Samples(
         base ^ low, base ^ low, empty, empty, np.ones(n, dtype=np.int64), np.arange(1, n + 1), zeros.view(np.int64), zeros,
         np.arange(n).astype(np.uint64), np.ones(n, dtype=bool),
     )  # fmt: skip

@@ -146,3 +146,35 @@ def test_the_local_file_is_for_this_user_alone(ctx):
     Journal(ctx, NAME).add("k", 1)
     assert os.stat(local(ctx)).st_mode & 0o077 == 0
     assert [json.loads(line) for line in local(ctx).read_text().splitlines()] == [["k", 1]]
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+    from moto.server import ThreadedMotoServer
+
+    from vlmflow.storage_s3 import s3_store
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("VLMFLOW_S3_ENDPOINT", f"http://{host}:{port}")
+    for name, value in {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s" * 8, "AWS_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    s3_store().make_bucket("answers")
+    yield "s3://answers/deep/root"
+    server.stop()
+
+
+def test_an_object_store_brings_answers_to_another_machine_and_is_left_clean(tmp_path, bucket):
+    here = SimpleNamespace(root=bucket, scratch=tmp_path / "here")
+    there = SimpleNamespace(root=bucket, scratch=tmp_path / "there")
+    for number, name in enumerate((NAME, NAME + "x", "fused/aaaa/open")):
+        book = Journal(here, name)
+        book.add("k", number)
+        book.close(done=False)
+    assert Journal(there, NAME).found() == {"k": 0}
+    storage.write_bytes(storage.join(bucket, "layers", NAME + ".parquet"), b"rows")
+    assert sweep(there, "fused") == 1
+    assert Journal(there, NAME).found() == {} and Journal(there, NAME + "x").found() == {"k": 1}
+    assert sweep(here, "fused") == 1 and Journal(here, NAME).found() == {}  # its own file is still there
+    assert len(storage.list_uris(storage.join(bucket, "journal"))) == 2

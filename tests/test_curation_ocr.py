@@ -163,6 +163,22 @@ def test_cuda_that_is_asked_and_missing_is_said_before_anything_is_read(tmp_path
     assert ocr_engine.choose_provider("cpu") == "cpu" and ocr_engine.choose_provider("cuda") == "cuda"
 
 
+def test_the_shapes_of_cuda_give_the_same_text(reader, monkeypatch):
+    """Full batches of few shapes, here run on the CPU: padding and filling must not be read."""
+    session = ocr_engine._session
+    monkeypatch.setattr(ocr_engine, "_session", lambda path, provider: session(path, "cpu"))
+    batched = ocr_engine.Reader(ocr_engine.Settings(provider="cuda"))
+    assert batched.pictures == 4
+    pictures = [
+        draw((420, 60), [((12, 14), "Reading is quiet work 2026")]),
+        draw((640, 260), [((20, 20 + 60 * i), t) for i, t in enumerate(LEFT)]),
+        Image.new("RGB", (300, 200), "white"),
+        draw((330, 100), [((20, 14), "first"), ((20, 56), "second text")]),
+        draw((350, 110), [((20, 14), "another"), ((20, 56), "of its shape")]),
+    ]
+    assert [text for text, _ in batched.read_many(pictures)] == [text for text, _ in reader.read_many(pictures)]
+
+
 @pytest.mark.filterwarnings("ignore:Specified provider")
 def test_cuda_that_does_not_start_is_an_error_not_a_slow_cpu():
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():

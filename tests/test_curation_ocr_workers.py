@@ -9,13 +9,15 @@ import signal
 import pytest
 from PIL import Image
 
+from vlmflow.curation import ocr_workers
 from vlmflow.curation.ocr_engine import Reader, Settings
-from vlmflow.curation.ocr_workers import CHUNK, GIVEN_UP, Workers
+from vlmflow.curation.ocr_workers import GIVEN_UP, Workers
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import ShardReader, describe_shard, write_shard
 from vlmflow.digest import sha256_bytes
 from vlmflow.errors import ServiceError, StepFailed
 
+CHUNK = ocr_workers.CHUNK["cpu"]
 HARMLESS, DEADLY, CRASHES_ONCE, BROKEN = (10, 200, 10), (200, 10, 10), (10, 10, 200), (90, 90, 90)
 
 

@@ -1,6 +1,8 @@
 """Perplexity: the formula, rounding, failures counted, no dependence on grouping; the real model against one by one."""
 
 import math
+import threading
+from types import SimpleNamespace
 
 import pytest
 from curation_world import MODEL, FakeVLM, context, dataset, fake_nll, png, sample
@@ -102,7 +104,37 @@ def test_pictures_in_memory_together_are_bounded(monkeypatch):
     samples = [sample(f"k{i}", "t", png(i)) for i in range(5)]  # 48 pixels each
     samples[2].meta["images"][0]["width"] = 1000
     assert [[s.key for s in w] for w in inputs.picture_windows(samples)] == [["k0", "k1"], ["k2"], ["k3", "k4"]]
-    assert [len(w) for w in inputs.windows(range(10), 4)] == [4, 4, 2]
+
+
+def test_prepared_windows_keep_order_bound_memory_and_run_one_ahead(monkeypatch):
+    """The results come in order whatever thread was first; windows are cut by their bytes; the next is made meanwhile."""
+    monkeypatch.setattr(inputs, "SCORED", 4)
+    monkeypatch.setattr(inputs, "BYTES", 25)
+    made = []
+
+    def prepare(n):
+        made.append(n)
+        return SimpleNamespace(n=n, nbytes=10 if n < 6 else 0)
+
+    found = inputs.prepared_windows(range(14), prepare)
+    assert [[item.n for item in window] for window in found] == [[0, 1], [2, 3], [4, 5, 6, 7], [8, 9, 10, 11], [12, 13]]
+    assert sorted(made) == list(range(14))
+    started = threading.Event()
+
+    def second():
+        yield 1
+        started.set()
+        yield 2
+
+    items = inputs.ahead(second())
+    assert next(items) == 1 and started.wait(60) and list(items) == [2]  # it was made before it was asked for
+    with pytest.raises(DataError, match="bad"):
+        list(inputs.ahead(iter_failing()))
+
+
+def iter_failing():
+    yield 1
+    raise DataError("bad")
 
 
 def test_a_named_scorer_replaces_the_model_built_by_the_run(tmp_path):

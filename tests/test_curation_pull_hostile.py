@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import os
 import socket
+import subprocess
+import sys
 import threading
 import zlib
 from collections import Counter
 from contextlib import contextmanager
+from pathlib import Path
 
-from curation_server import bomb, picture
+from curation_server import bomb, picture, serving
 from test_curation_pull import context, failures, table
 
 from vlmflow.curation import fetch, pull
@@ -291,6 +295,28 @@ def test_no_forbidden_address_is_contacted_and_each_row_has_its_reason(monkeypat
     summary = manifest.lineage[0].summary
     assert summary["failed_by_reason"]["forbidden_address"] == len(FORBIDDEN) and summary["failed"] == len(urls)
     assert summary["failed_by_host"]["web.example"] == len(EXPECTED) + 5
+
+
+PROGRAM = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path; from vlmflow.curation import pull; from test_curation_pull import context
+ctx = context(Path(sys.argv[2]), {"web": {"table": sys.argv[3]}}, samples_per_shard=100, max_bytes=8_000_000, timeout=120, per_host=64)
+print(pull.run(ctx, "web").lineage[0].summary["failed_by_reason"])
+print([line for line in open("/proc/self/status") if line.startswith("VmHWM")][0].split()[1])
+"""
+
+
+def test_memory_does_not_follow_what_servers_send(tmp_path):
+    """64 bodies at a time of 8 MB each would be 512 MB."""
+    with serving() as server:
+        urls = [server.url(f"/endless/{i}") for i in range(64)] + [server.url("/img/1")]
+        uri = table(tmp_path / "t.csv", [{"url": url, "text": "t"} for url in urls])
+        here = Path(__file__).parent
+        environment = {**os.environ, "PYTHONPATH": str(here.parent), "VLMFLOW_QUIET": "1"}
+        program = [sys.executable, "-c", PROGRAM, str(here), str(tmp_path), uri]
+        found = subprocess.run(program, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert found[0] == "{'too_large': 64}"
+    assert int(found[1]) / 1024 < 300, "MiB at the peak, of which half are the libraries"
 
 
 def test_the_address_is_judged_again_as_the_socket_is_opened(monkeypatch):

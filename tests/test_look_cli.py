@@ -118,8 +118,12 @@ def test_a_dataset_of_the_last_run_is_found_by_name(capsys, world, tmp_path):
     artifact.parent.mkdir(parents=True)
     shutil.copy(ROOT / "recipes" / "points-tiny.yaml", run / "recipe.yaml")
     shutil.copy(world, artifact)
+    whole = look_world.small(tmp_path)
+    for task, part in (("a-group", {"shards": whole.shards[:1]}), ("a-pull", {"layers": {}, "lineage": []})):
+        (run / "artifacts" / task).mkdir()
+        look_world.write(whole.model_copy(update=part), run / "artifacts" / task / "data")
     code, out, _ = call(capsys, "show", "web", "--state-dir", str(tmp_path / "state"))
-    assert code == 0 and out.startswith("web  24 samples")
+    assert code == 0 and "layer  keep" in out and out.startswith("web  24 samples")
     code, _, err = call(capsys, "show", "sft", "--state-dir", str(tmp_path / "state"))
     assert code == 2 and "its runs have web" in err
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from vlmflow import pages
 from vlmflow.dataset import shard as shard_module
-from vlmflow.errors import DataError
+from vlmflow.errors import DataError, ServiceError
 from vlmflow.look import cards, pictures, query, static, table
 from vlmflow.look.gallery import Gallery
 from vlmflow.look.samples import Samples
@@ -118,6 +118,11 @@ def test_another_host_name_gets_nothing(world, host):
 
 def test_localhost_is_this_machine_too(world):
     assert get(world.server, "/", Host=f"localhost:{world.server.server_port}")[0] == 200
+
+
+def test_a_port_that_is_taken_is_said(world):
+    with pytest.raises(ServiceError, match="choose another --port"):
+        GalleryServer(world.server.gallery, world.server.server_port)
 
 
 def test_it_listens_on_the_loopback_address_only(world):
@@ -327,3 +332,25 @@ def test_cards_show_the_layers_that_are_asked_for(world):
         'href="?show=fused&amp;show=ppl&amp;page=3&amp;per=1"'
         in get(world.server, "/?page=2&per=1&show=fused&show=ppl")[2].decode()
     )
+
+
+def test_a_search_is_made_once_and_forgotten_in_time(world, monkeypatch):
+    made: list[str] = []
+    real = query.search
+    monkeypatch.setattr(
+        query, "search", lambda con, table, q, name: (made.append(q.text), real(con, table, q, name))[1]
+    )
+    gallery = world.server.gallery
+    for path in (
+        "/?q=text+11",
+        "/?q=text+11&sort=ppl.ppl",
+        "/sample?q=text+11&page=1&per=1",
+        "/?q=text+11&in=fused.text",
+    ):
+        body = get(world.server, path)[2].decode()
+        assert "web-00000011" in body and "web-00000010" not in body
+    assert made == ["text 11", "text 11"]
+    for i in range(12):
+        assert get(world.server, f"/?q=forgotten{i}")[0] == 200
+    tables = gallery._con.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name LIKE 'hits%'").fetchall()[0][0]
+    assert tables == len(gallery._searches) == 8

@@ -9,7 +9,7 @@ import look_world
 import pytest
 
 from vlmflow.dataset.layer import read_layer
-from vlmflow.look import diff, stats, stats_page, table
+from vlmflow.look import diff, sql, stats, stats_page, table
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,7 @@ def test_a_million_rows_are_the_same_code_as_few(tmp_path):
     """50,000 rows under a small memory limit: exact quantiles, no list of rows in Python."""
     manifest = look_world.large(tmp_path, 50_000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "MEMORY", "128MB")
+        patch.setattr(sql, "MEMORY", "128MB")
         made = stats.stats(manifest, table.open_table(manifest, tmp_path / "scratch"))
     found = made["columns"]["ppl.ppl"]
     values = sorted(row["ppl"] for row in read_layer(manifest, "ppl").values())
@@ -178,7 +178,7 @@ def test_added_and_removed_shards_samples_and_layers(two, tmp_path):
 def test_many_rows_differ_in_bounded_memory(tmp_path):
     a, b = (look_world.large(tmp_path / str(seed), 50_000, seed=seed) for seed in (0, 1))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "MEMORY", "128MB")
+        patch.setattr(sql, "MEMORY", "128MB")
         made = diff.diff(a, b, *(table.open_table(m, tmp_path / "scratch") for m in (a, b)), examples=4)
     assert made["samples"]["common"] == 50_000 and made["values"]["ppl.ppl"]["changed"] > 49_000
     assert sum(c["count"] for c in made["decisions"].values()) > 1000 and all(

@@ -8,8 +8,8 @@ from pathlib import Path
 import look_world
 import pytest
 
-from vlmflow.errors import DataError
-from vlmflow.look import query, table
+from vlmflow.errors import DataError, NoSpace
+from vlmflow.look import query, sql, table
 from vlmflow.look.samples import Samples
 
 
@@ -195,7 +195,7 @@ def test_many_rows_in_bounded_memory(tmp_path):
     told: list[str] = []
     os.environ.pop("VLMFLOW_SCRATCH_LIMIT", None)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "MEMORY", "128MB")
+        patch.setattr(sql, "MEMORY", "128MB")
         seen: list[int] = []
         insert = table._insert
         patch.setattr(
@@ -240,3 +240,32 @@ def test_of_a_remote_shard_only_the_bytes_asked_for_travel(tmp_path, monkeypatch
     members = reading.members(2, "docs-00000017")
     assert ranges == [members["json"][1], members["png"][1]]
     assert reading.bytes_to_fetch() == sum(shard.bytes for shard in manifest.shards)
+
+
+def test_reasons_that_differ_in_numbers_and_keys_are_one():
+    import re
+
+    import duckdb
+
+    texts = {
+        "repeats web-00000301 (near, 4 bits apart)": "repeats # (near, # bits apart)",
+        "perplexity 1.2e-05, beyond 20 % (to 1,000.5)": "perplexity #, beyond # % (to #)",
+        "aspect 41.2 > 30": "aspect # > #",
+        "in the 'lowest' control": "in the 'lowest' control",
+    }
+    with duckdb.connect() as con:
+        for text, kind in texts.items():
+            assert con.execute(f"SELECT {sql.kind_sql('?')}", [text]).fetchall() == [(kind,)]
+            assert re.sub(sql.NUMBER, "#", text) == kind  # `show` counts without DuckDB
+
+
+def test_what_duckdb_cannot_do_is_an_error_with_words(tmp_path):
+    import duckdb
+
+    with pytest.raises(NoSpace, match=str(tmp_path)), sql.answering(tmp_path):
+        raise duckdb.OutOfMemoryException("full")
+    manifest = look_world.small(tmp_path)
+    made = table.open_table(manifest, tmp_path / "scratch")
+    made.path.write_bytes(b"not a table")
+    with pytest.raises(DataError, match="delete it"):
+        table.open_table(manifest, tmp_path / "scratch")

@@ -148,3 +148,38 @@ def test_the_placeholder_is_never_generated(vlm):
     bias.remove()
     assert answer.finish == "length" and "<|image_pad|>" not in answer.text
     assert vlm.model.generation_config.suppress_tokens == [image]
+
+
+def test_an_image_is_encoded_once_whatever_shows_it(vlm, monkeypatch):
+    encoded, inner = [], vlm.model.get_image_features
+    monkeypatch.setattr(
+        vlm.model, "get_image_features", lambda tiles: encoded.append(len(tiles)) or inner(tiles), raising=False
+    )
+    image, other = picture(1, 120, 60), picture(2, 50, 110)
+    tiles = [len(FAMILY.tile(each, vlm.model.config)) for each in (image, other)]
+    asked = [ScoreRequest([image], f"what {i}", TEXTS[i % 4] * (1 + i)) for i in range(6)] + [
+        ScoreRequest([other, image], "?", "b")
+    ]
+    alone = [vlm.score([request])[0] for request in asked]
+    encoded.clear()
+    assert vlm.score(asked, batch_tokens=150) == alone  # several packs
+    assert sum(encoded) == sum(tiles)
+    encoded.clear()
+    vlm.generate([Request(r.images, r.prompt) for r in asked], max_new_tokens=2, batch=2)
+    assert sum(encoded) == sum(tiles)
+
+
+def test_scores_have_the_same_bits_whatever_the_packing_order_and_threads(vlm):
+    texts = [" ".join(TEXTS * 3)[: 3 + 11 * i] for i in range(16)]
+    asked = [ScoreRequest([picture(i, 40 + 25 * i, 50)] * (i % 3), f"say {i}", text) for i, text in enumerate(texts)]
+    alone = [vlm.score([request])[0] for request in asked]
+    assert len({score.nll for score in alone}) == 16
+    for batch_tokens in (64, 300, 1 << 20):
+        assert vlm.score(asked, batch_tokens=batch_tokens) == alone
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert vlm.score(asked[::-1])[::-1] == alone
+    finally:
+        torch.set_num_threads(threads)

@@ -170,25 +170,16 @@ def test_curation_looks_for_the_benchmarks_that_it_compares_with(ctx, monkeypatc
     monkeypatch.setattr(
         preflight, "_size", lambda field, uri, allow: looked.append(field) or preflight.OPENED_BYTES + 1
     )
-    needs = pipeline_needs.needs_of("curate")
+    needs = replace(pipeline_needs.needs_of("curate"), tables=False)
     preflight._tables(ctx, needs, (), "", "")
-    assert "evaluation.benchmarks.digits.table" in looked and "data.web.sources.web.table" in looked
+    assert "evaluation.benchmarks.digits.table" in looked
     looked.clear()
     plain = ctx.recipe.model_copy(update={"curation": ctx.recipe.curation.model_copy(update={"contamination": None})})
     preflight._tables(replace(ctx, recipe=plain), needs, (), "", "")
-    assert looked and not any(field.startswith("evaluation") for field in looked)
+    assert not looked
     without = ctx.recipe.model_copy(update={"evaluation": ctx.recipe.evaluation.model_copy(update={"benchmarks": {}})})
     with pytest.raises(RecipeError, match=r"curation\.contamination: compares with evaluation\.benchmarks"):
         pipeline_needs.suits(without, "curate")
-
-
-def test_existing_tars_and_folders_of_tables_are_looked_for(ctx, tmp_path):
-    for number in (0, 2):
-        (tmp_path / f"old-{number:02d}.tar").write_bytes(b"x" * 10)
-    uri = f"{tmp_path.as_uri()}/old-{{00..02}}.tar"
-    preflight._tars("data.web.sources.old.shards", [uri])
-    with pytest.raises(DataError, match=r"data\.web\.sources\.old\.shards: there is no tar at .*old-03\.tar"):
-        preflight._tars("data.web.sources.old.shards", [uri.replace("02}", "03}")])
 
 
 def test_ocr_is_checked_where_its_step_will_run(ctx, monkeypatch):

@@ -17,7 +17,7 @@ from vlmflow import compiler, demo, local, local_stack, recipe, storage
 from vlmflow.dataset import manifest
 from vlmflow.estimate import Estimate
 from vlmflow.models.store import load_ref
-from vlmflow.registry import address, tracking
+from vlmflow.registry import address, dossier, tracking
 
 RECIPE = "recipes/points-tiny.yaml"
 SIZES = demo.Sizes(
@@ -99,6 +99,8 @@ def test_from_tables_to_a_champion_without_a_trace_of_a_secret(
             champion = address.find("models:/points-tiny@champion")
             mlflow = tracking.client()
             version = mlflow.get_model_version_by_alias("points-tiny", "champion")
+            brings = dossier.read(mlflow, mlflow.get_model_version("points-tiny-candidates", "1").run_id, "1")
+            assert brings.contamination.keys() == {"digits", "words", "choice", "yesno"}, "all data was compared"
             assert champion.lineage.step == "soup" and version.version == "1"
             secrets = [value.encode() for value in [*PLANTED.values(), os.environ["AWS_SECRET_ACCESS_KEY"]]]
         finally:

@@ -191,7 +191,7 @@ def test_failures_of_a_sick_text_server_do_not_stay(tmp_path, monkeypatch):
 
     impatient(monkeypatch, attempts=2)
     manifest = dataset(tmp_path / "shards", [sample(f"k{i}", "t", png(i)) for i in range(8)])
-    spec = {"engine": "openai", "model_name": "m", "endpoint_env": "TEST_URL", "concurrency": 1, "failure_limit": 0.25}
+    spec = {"engine": "openai", "model_name": "m", "endpoint_env": "TEST_URL", "concurrency": 1, "lost_limit": 0.25}
     curation = recipe.load(TINY).curation.model_dump()
     curation["caption"] |= spec
     from vlmflow.recipe.curation import CurationSpec
@@ -206,7 +206,7 @@ def test_failures_of_a_sick_text_server_do_not_stay(tmp_path, monkeypatch):
         monkeypatch.setenv("TEST_URL", url)
         with pytest.raises(
             ServiceError,
-            match=r"3 of 4 requests without an answer after 2 attempts each \(3 x HTTP 500\); the recipe allows 25.0%",
+            match=r"3 of 4 requests without an answer after 2 attempts each \(3 x HTTP 500\); the recipe allows 25.0% \(lost_limit\)",
         ):
             caption.run(ctx, manifest)
     with text_server(lambda body, n: ok) as (server, url):

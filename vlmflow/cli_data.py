@@ -121,7 +121,7 @@ def gallery(
         shown = Gallery(manifest, table, reading)
         try:
             with GalleryServer(shown, port) as server:
-                typer.echo(f"{server.url}{asked.url()}  (Ctrl-C ends it)")
+                typer.echo(server.url + asked.url().rstrip("?") + "  (Ctrl-C ends it)")
                 server.serve_forever()
         except KeyboardInterrupt:
             typer.echo("ended", err=True)

@@ -32,9 +32,14 @@ def datasets(folder: Path) -> dict[str, Manifest]:
             made = manifest.load(str(path))
         except DataError:  # cut, when the run was killed
             continue
-        if made.shards and (made.name not in found or len(made.layers) > len(found[made.name].layers)):
+        if made.shards and (made.name not in found or _finished(made) > _finished(found[made.name])):
             found[made.name] = made
     return found
+
+
+def _finished(made: Manifest) -> tuple[int, int, int]:
+    """How far a dataset came: tasks of a loop leave manifests of some shards, or without the lineage that seals them."""
+    return made.samples, len(made.layers), len(made.lineage)
 
 
 def initial_model(folder: Path) -> ModelRef | None:

@@ -96,10 +96,10 @@ def _first(ctx: Context, manifest: Manifest) -> list[dict[str, Any]]:
 def _thumbnail(data: bytes) -> str:
     """A small picture; what does not decode is said so, because a page must not fail a finished step."""
     from vlmflow.errors import DataError
-    from vlmflow.vision.image import decode
+    from vlmflow.vision.image import decode_scaled
 
     try:
-        small = decode(data)
+        small = decode_scaled(data, lambda *_: (THUMBNAIL, THUMBNAIL)).image
     except DataError as error:
         return f"cannot be shown: {error}"
     small.thumbnail((THUMBNAIL, THUMBNAIL))

@@ -176,7 +176,22 @@ def pull(
         return load(manifest)
     if dataset not in ctx.recipe.data or not used(ctx.recipe, dataset, stage, candidate):
         return Manifest(name=dataset, shards=[])
-    return step.run(ctx, dataset, group=group or None)
+    pulled = step.run(ctx, dataset, group=group or None)
+    return pulled if group else _compared(ctx, pulled)
+
+
+def _compared(ctx: Context, manifest: Manifest) -> Manifest:
+    """A pulled dataset with layer `contamination`, if the recipe asks for it: the registry's gate speaks of all data that was
+    trained on. The curated dataset gets the layer from its own steps."""
+    from vlmflow.curation import contamination, phash
+
+    curation = ctx.recipe.curation
+    if curation.contamination is None or not manifest.shards or manifest.name == curation.dataset:
+        return manifest
+    plain = curation.contamination.model_copy(update={"text": None})  # a layer that only the curated dataset has
+    recipe = ctx.recipe.model_copy(update={"curation": curation.model_copy(update={"contamination": plain})})
+    ctx = replace(ctx, recipe=recipe)
+    return contamination.run(ctx, phash.run(ctx, manifest))
 
 
 def used(recipe: Recipe, dataset: str, stage: str, candidate: str = "") -> bool:

@@ -193,7 +193,7 @@ def _tables(ctx: Context, needs: Needs, given: Collection[str], stage: str, cand
         for name, spec in recipe.data.items()
         if needs.tables and name not in given and used(recipe, name, stage, candidate)
     }
-    compared = needs.curation and recipe.curation.dataset and recipe.curation.contamination
+    compared = needs.tables and recipe.curation.contamination
     benchmarks = recipe.evaluation.benchmarks if needs.benchmarks or compared else {}
     for dataset, spec in data.items():
         for name, source in spec.sources.items():

@@ -1,4 +1,5 @@
-"""Requests per second and CPU of a text model's client: ours (with journal and deduplication), plain aiohttp, openai's SDK.
+"""Requests per second and CPU of a text model's client: ours (with journal and deduplication), the whole fuse step around
+it (shards, prompts, checks of the answers, layer, summary), plain aiohttp, openai's SDK.
 
 The server is a process of its own on loopback that answers every request after a fixed latency, as a model server with
 many slots does. Every client is a process of its own too, asks the same prompts and must return the same answers; then
@@ -21,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 CONCURRENCY = (64, 256)
-ROUNDS = ("ours", "aiohttp", "openai", "openai", "aiohttp", "ours")  # A/B/C/C/B/A against drift
+ROUNDS = ("ours", "aiohttp", "fuse", "openai", "openai", "fuse", "aiohttp", "ours")  # A/B/../B/A against drift
 REQUESTS = {"quick": 300, "full": 8000}
 OPENAI_SHARE = 4  # the SDK asks this part of them: it is that much slower
 
@@ -127,7 +128,7 @@ def serve(latency: float) -> None:
     async def reply(request: web.Request) -> web.Response:
         raw = await request.read()
         await asyncio.sleep(latency)
-        message = {"role": "assistant", "content": _answer(raw[-400:].decode())}
+        message = {"role": "assistant", "content": _answer(raw[-2000:].decode())}
         body = {
             "id": "chatcmpl-1", "object": "chat.completion", "created": 0, "model": "m",
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
@@ -169,6 +170,41 @@ def ours(url: str, n: int, concurrency: int, kib: int) -> tuple[list[str], str]:
         rows = asker.rows("shard", (script(i) for i in range(n)))
         asker.close()
     return [row["text"] for row in rows], "this"
+
+
+def fuse_step(url: str, n: int, concurrency: int, kib: int) -> tuple[list[str], str]:
+    """Layer `fused` of a dataset of n alt texts and captions, in shards of 4000 samples."""
+    import tempfile
+    from types import SimpleNamespace
+
+    from vlmflow.curation import fuse
+    from vlmflow.dataset.layer import add_layer, read_layer
+    from vlmflow.dataset.manifest import Manifest
+    from vlmflow.dataset.sample import Sample
+    from vlmflow.dataset.shard import describe_shard, write_shard
+    from vlmflow.recipe.curation import CurationSpec
+    from vlmflow.step import Context
+
+    asked = {
+        "engine": "openai", "model_name": "m", "endpoint_env": "BENCH_URL", "key_env": "BENCH_KEY",
+        "concurrency": concurrency, "failure_limit": 0.0,
+    }  # fmt: skip
+    recipe: Any = SimpleNamespace(seed=0, curation=CurationSpec.model_validate({"fuse": asked}))
+    with tempfile.TemporaryDirectory() as folder:
+        ctx, shards = Context(recipe, f"{folder}/store", Path(folder, "scratch")), []
+        for start in range(0, n, 4000):
+            path, keys = Path(folder, f"{start}.tar"), range(start, min(start + 4000, n))
+            samples = (Sample(f"k{i:08d}", {"text": f"Red bicycle, 1954, picture {i}", "images": []}) for i in keys)
+            shards.append(describe_shard(path, str(path), write_shard(path, samples), "web"))
+        caption = "a bicycle leans against a wall"
+        manifest = add_layer(
+            ctx, Manifest(name="web", shards=shards), "synthetic", params={}, version=1, schema={"text": "str"},
+            compute=lambda reader, _: [{"key": key, "text": caption} for key in reader.keys()],
+        )  # fmt: skip
+        _start()
+        rows = read_layer(fuse.run(ctx, manifest), "fused")
+        _stop()
+    return [row["text"] for row in rows.values()], "this"
 
 
 def plain(url: str, n: int, concurrency: int, kib: int) -> tuple[list[str], str]:
@@ -228,18 +264,31 @@ def _content(prompt: str, image: str) -> Any:
     return [{"type": "image_url", "image_url": url}, {"type": "text", "text": prompt}]
 
 
-CLIENTS = {"ours": ours, "aiohttp": plain, "openai": sdk}
+CLIENTS = {"ours": ours, "fuse": fuse_step, "aiohttp": plain, "openai": sdk}
+
+
+_marks: list[tuple[float, float]] = []  # (wall, CPU) where the measured part begins and ends
+
+
+def _start() -> None:
+    _marks[:] = [(time.perf_counter(), time.process_time())]
+
+
+def _stop() -> None:
+    _marks.append((time.perf_counter(), time.process_time()))
 
 
 def main(client: str, url: str, n: int, concurrency: int, kib: int) -> None:
-    """Warm up with one window, then measure."""
+    """Warm up with one window, then measure; a client that prepares something marks itself where it begins and ends."""
     CLIENTS[client](url, concurrency, concurrency, kib)
-    before, started = time.process_time(), time.perf_counter()
+    _start()
     answers, version = CLIENTS[client](url, n, concurrency, kib)
-    wall, cpu = time.perf_counter() - started, time.process_time() - before
+    _stop()
+    (begun, spent), (ended, total) = _marks[:2]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     told = hashlib.sha256("\n".join(answers).encode()).hexdigest()
-    print(json.dumps({"requests": n, "wall": wall, "cpu": cpu, "rss_mib": peak, "version": version, "answers": told}))
+    result = {"requests": n, "wall": ended - begun, "cpu": total - spent, "rss_mib": peak, "version": version}
+    print(json.dumps({**result, "answers": told}))
 
 
 if __name__ == "__main__":

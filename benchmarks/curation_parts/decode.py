@@ -11,6 +11,7 @@ import io
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from typing import Any
 
@@ -62,7 +63,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 raise SystemExit(
                     f"tiles of {size} differ by {difference:.2f} of 255 on average, more than {MOST_DIFFERENT}"
                 )
-            alone = _versus(decode, lambda data, least=least: decode_scaled(data, least), stored, rounds)
+            alone = _versus(decode, partial(decode_scaled, least=least), stored, rounds)
             tiled = _versus(whole, scaled, stored, rounds)
             at = decode_scaled(stored[0], least).image.size
             row = {

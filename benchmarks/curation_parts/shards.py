@@ -96,7 +96,8 @@ def write(folder: Path, samples: int) -> list[str]:
     chance, noise = random.Random(1), os.urandom(1 << 20)
     tars = []
     for first in range(0, samples, PER_SHARD):
-        path, index = folder / f"{first // PER_SHARD:05d}.tar", {}
+        path = folder / f"{first // PER_SHARD:05d}.tar"
+        index: dict[str, dict[str, list[int]]] = {}
         with open(path, "wb") as file, tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
             for number in range(first, min(first + PER_SHARD, samples)):
                 key, length = f"{number:09d}", min(400_000, int(chance.lognormvariate(11.0, 0.85)))
@@ -207,6 +208,5 @@ def _equal(tars: list[str], samples: int) -> None:
         digest(sample["__key__"], {name: data for name, data in sample.items() if not name.startswith("__")})
         for sample in _pipeline(tars)
     )
-    assert len(ours) == samples and ours == theirs, (
-        f"readers differ: {len(ours)} and {len(theirs)} of {samples} samples"
-    )
+    if len(ours) != samples or ours != theirs:
+        raise SystemExit(f"the readers differ: {len(ours)} and {len(theirs)} of {samples} samples")

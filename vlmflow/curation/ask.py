@@ -113,7 +113,7 @@ class Asker:
                 as many scripts exist at a time as requests may be open.
 
         Raises:
-            ServiceError: a server does not work, or more requests than its `passing_limit` were lost to trouble that
+            ServiceError: a server does not work, or more requests than its `lost_limit` were lost to trouble that
                 passes: written down, these failures would stay when the server is well again.
         """
         self._forget()
@@ -198,12 +198,12 @@ class Asker:
             limits = client.endpoint
             answers = {s.name: s.answer for _, spent in state.rows.values() for s in spent if s.server == server}
             lost = Counter(str(answer.error) for answer in answers.values() if answer.passing)
-            if lost.total() > limits.passing_limit * len(answers):
+            if lost.total() > limits.lost_limit * len(answers):
                 reasons = "; ".join(f"{n} x {reason}" for reason, n in lost.most_common(3))
                 raise ServiceError(
                     f"the server that {limits.url_env} names left {lost.total()} of {len(answers)} requests without an answer "
-                    f"after {limits.attempts} attempts each ({reasons}); the recipe allows {limits.passing_limit:.1%} "
-                    "(failure_limit). Finished shards and the answers of this one stay: mend the server and run the same "
+                    f"after {limits.attempts} attempts each ({reasons}); the recipe allows {limits.lost_limit:.1%} "
+                    "(lost_limit). Finished shards and the answers of this one stay: mend the server and run the same "
                     "command again."
                 )
 

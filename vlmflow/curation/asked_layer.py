@@ -10,7 +10,7 @@ from vlmflow.curation.ask import Asker, Row, Script, columns, prefixed
 from vlmflow.curation.chat_format import Endpoint
 from vlmflow.curation.inputs import check_own_failures
 from vlmflow.curation.journal import sweep
-from vlmflow.dataset.layer import _layer_digest, add_layer, read_columns
+from vlmflow.dataset.layer import add_layer, digest_for, read_columns
 from vlmflow.errors import StepFailed
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ def endpoint(spec: EndpointFields, seed: int, **others: Any) -> Endpoint:
     """The endpoint that a section of the recipe describes; `others` replace what it says (another url_env, ...)."""
     given: dict[str, Any] = {
         "url_env": spec.endpoint_env, "key_env": spec.key_env, "model": str(spec.model_name),  # type: ignore[attr-defined]
-        "passing_limit": spec.failure_limit,  # type: ignore[attr-defined]
+        "lost_limit": spec.lost_limit,
     }  # fmt: skip
     given |= {"concurrency": spec.concurrency, "timeout": spec.timeout, "seed": seed}
     return Endpoint(**{**given, **others})
@@ -58,7 +58,7 @@ def add_asked_layer(
     """
     reads = tuple(reads)
     schema = {**schema, **columns(*endpoints)}
-    journalled = f"{name}/{_layer_digest(manifest, name, params, version, schema, reads)[:24]}"
+    journalled = f"{name}/{digest_for(manifest, name, params, version, schema, reads)[:24]}"
     shards = {shard.uri: shard.sha256[:24] for shard in manifest.shards}
     asker: Asker | None = None
 

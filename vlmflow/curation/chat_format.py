@@ -27,7 +27,7 @@ class Endpoint:
     backoff: float = 0.5  # first pause, doubled each time
     max_backoff: float = 30.0
     seed: int = 0
-    passing_limit: float = 1.0  # largest share of requests that may be lost to causes that pass (timeouts, 5xx)
+    lost_limit: float = 1.0  # largest share of requests that may be lost to causes that pass (timeouts, 5xx)
 
 
 @dataclass(frozen=True)

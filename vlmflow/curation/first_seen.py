@@ -69,6 +69,8 @@ class FirstSeen:
 
     def first(self, value: bytes) -> int | None:
         """The first row of a value that occurs more than once, None for one that does not."""
+        if not len(self._hash):
+            return None
         import numpy as np
 
         wanted = np.frombuffer(hashlib.blake2b(value, digest_size=8).digest(), np.uint64)[0]

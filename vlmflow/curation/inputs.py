@@ -67,11 +67,6 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             yield item  # type: ignore[misc]
 
 
-def windows(items: Iterable[T], size: int = WINDOW) -> Iterator[list[T]]:
-    """Successive lists of at most `size` items."""
-    return weighed(items, lambda _: 0, size, 0)
-
-
 def picture_windows(samples: Iterable[Sample]) -> Iterator[list[Sample]]:
     """Successive lists of samples whose decoded pictures fit into memory together: a function of the samples alone."""
     return weighed(samples, _pixels, WINDOW, PIXELS)

@@ -102,9 +102,8 @@ class Journal:
 def sweep(ctx: Context, layer: str) -> int:
     """Delete journals of a layer whose parts exist (a kill came between the two); returns how many there were."""
     root = _local_folder(ctx)
-    stored = storage.join(ctx.root, FOLDER)
-    chunks = storage.list_uris(storage.join(stored, layer))
-    names = {chunk.uri.removeprefix(stored).strip("/").rpartition("/")[0] for chunk in chunks}
+    chunks = storage.list_uris(storage.join(ctx.root, FOLDER, layer))
+    names = {"/".join(chunk.uri.split("/")[-4:-1]) for chunk in chunks}
     names |= {str(path.relative_to(root).with_suffix("")) for path in (root / layer).glob("*/*.jsonl")}
     spent = [name for name in sorted(names) if storage.exists(storage.join(ctx.root, "layers", name + ".parquet"))]
     for name in spent:

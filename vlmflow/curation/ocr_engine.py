@@ -4,13 +4,15 @@ RapidOCR's own steps before and after the models (resizing, boxes, crops, CTC de
 the same; how the models run is ours (spec/data-eval-soup.md 3.2, measured by ``benchmarks/curation.py ocr``):
 
 - no angle classifier, pictures are never enlarged for detection, one thread a process;
-- the crops of many pictures are recognised together, each padded to a multiple of 32 pixels of its own width: RapidOCR pads
-  to 320 and to the longest of six neighbours;
-- memory is kept between calls: RapidOCR turns ONNX Runtime's arena off and then spends a sixth of its time on page faults.
+- a crop is padded to a multiple of 32 pixels of its own width: RapidOCR pads to 320 and to the longest of six neighbours;
+- memory is kept between calls: RapidOCR turns ONNX Runtime's arena off and then spends a seventh of its time in the kernel.
 
-On a CPU only crops up to 96 pixels gain from a batch, longer ones lose to the cache; on CUDA few shapes, each of them full,
-are what matters (RapidOCR #442, PaddleOCR #17959). Both follow from one table of fixed shapes: a batch that is not full is
-filled with zeros, so what is read in a picture never depends on its neighbours.
+Crops of many pictures are recognised together, pictures of one size detected together, in batches that one table fixes for
+each shape; a batch that is not full is filled with zeros, so what is read never depends on neighbours (ONNX Runtime's last bits
+change with a batch's size). On CUDA the shapes are few and the batches large, which is what counts there (RapidOCR #442,
+PaddleOCR #17959). On a CPU a batch is one: four crops together save 15 % below 100 pixels of width, less than filling them up
+costs, and lose a tenth above 600. Squeezing crops, which saves what it shrinks, was tried and costs text: at 0.9 of their width
+the character error rate of small print rises by half.
 """
 
 from __future__ import annotations
@@ -35,7 +37,6 @@ STRIP_ASPECT = 8  # RapidOCR adds a border above and below wider pictures
 LINE_HEIGHT = 48  # pixels, of the recognition model
 STEP = 32  # pixels: widths of crops and, by the detection model, sides of pictures
 CUDA_STEP = 128  # coarser on CUDA, where every new shape costs a search for kernels
-FEW, FEW_WIDTH = 4, 96  # crops in a batch on a CPU, up to this width; one by one above
 CUDA_LINE_PIXELS = 32 * 640  # width of all crops in a batch on CUDA
 CUDA_PICTURES = 4  # pictures of one shape detected together on CUDA
 
@@ -247,7 +248,7 @@ class Reader:
 
     def _batch(self, bucket: int) -> int:
         if self.settings.provider == "cpu":
-            return FEW if bucket <= FEW_WIDTH else 1
+            return 1
         return max(1, min(64, CUDA_LINE_PIXELS // bucket))
 
     def _read_batch(self, crops: list[np.ndarray], bucket: int, size: int) -> list[tuple[str, float]]:

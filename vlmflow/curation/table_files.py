@@ -8,6 +8,7 @@ datasets. Parquet in a store is read by ranges, never copied whole; no table is 
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 from vlmflow import storage
 from vlmflow.digest import digest
 from vlmflow.errors import DataError, ServiceError
+from vlmflow.storage_file import write_atomically
 
 FORMATS = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 MAX_TABLE_BYTES = 4 << 30  # of a table that is fetched over HTTP
@@ -118,7 +120,7 @@ def _download(uri: str, scratch: Path, allow_hosts: frozenset[str]) -> str:
             return await fetcher.get(uri)
 
     found = asyncio.run(fetch())
-    if found.data is None:
+    if found.file is None:
         if is_transient(found.reason or ""):
             raise ServiceError(
                 f"table {uri} could not be fetched: {found.reason} ({found.detail}); no server answers there as it should. "
@@ -127,9 +129,11 @@ def _download(uri: str, scratch: Path, allow_hosts: frozenset[str]) -> str:
         raise DataError(
             f"table {uri} could not be fetched: {found.reason} ({found.detail}); mend the recipe's address, or put the table there"
         )
-    path = str(_copy_path(digest(uri), uri, scratch))
-    storage.write_bytes(path, found.data)
-    return path
+    path = _copy_path(digest(uri), uri, scratch)
+    with found.file as body:  # a table of gigabytes waits on disk, never in memory
+        body.seek(0)
+        write_atomically(path, lambda file: shutil.copyfileobj(body, file))
+    return str(path)
 
 
 def check_host(uri: str, allow_hosts: frozenset[str]) -> None:

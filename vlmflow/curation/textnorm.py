@@ -83,32 +83,38 @@ def tokens(text: str) -> list[Token]:
 def _tokens(text: str) -> tuple[Token, ...]:
     out: list[Token] = []
     for chunk in text.split():
-        core = chunk.strip(_EDGES)
-        if not core or not any(c.isalnum() for c in core):
-            if out and chunk not in "&+'\"":
-                out[-1] = _ended(out[-1])
-            continue
-        start = chunk.index(core)
-        before, after = chunk[:start], chunk[start + len(core) :]
-        if out and any(c in "([" for c in before):
+        ends, pieces = _of_chunk(chunk)
+        if ends and out:
             out[-1] = _ended(out[-1])
-        joined = _JOINED.match(core)
-        pieces = [p for p in joined.groups() if p] if joined and not _ORDINAL.match(core.lower()) else [core]
-        for position, piece in enumerate(pieces):
-            last = position == len(pieces) - 1
-            out.append(
-                Token(
-                    text=piece,
-                    norm=normal(piece),
-                    kind=kind_of(piece),
-                    lead="".join(c for c in before if c in '"“«') if before and position == 0 else "",
-                    trail=("." if _abbreviated(core, after) else "".join(c for c in after if c in '"”»'))
-                    if last and after
-                    else "",
-                    stop=last and any(c in ".,;:!?…)]|" for c in after) and not _abbreviated(core, after),
-                )
-            )
+        out += pieces
     return tuple(out)
+
+
+@lru_cache(maxsize=1 << 16)
+def _of_chunk(chunk: str) -> tuple[bool, tuple[Token, ...]]:
+    """(whether the phrase before ends here, the words) of what stands between two spaces."""
+    core = chunk.strip(_EDGES)
+    if not core or not any(c.isalnum() for c in core):
+        return chunk not in "&+'\"", ()
+    start = chunk.index(core)
+    before, after = chunk[:start], chunk[start + len(core) :]
+    joined = _JOINED.match(core)
+    pieces = [p for p in joined.groups() if p] if joined and not _ORDINAL.match(core.lower()) else [core]
+    found, abbreviated = [], _abbreviated(core, after)
+    for position, piece in enumerate(pieces):
+        last = position == len(pieces) - 1
+        closing = "." if abbreviated else "".join(c for c in after if c in '"”»')
+        found.append(
+            Token(
+                text=piece,
+                norm=normal(piece),
+                kind=kind_of(piece),
+                lead="".join(c for c in before if c in '"“«') if position == 0 else "",
+                trail=closing if last else "",
+                stop=last and any(c in ".,;:!?…)]|" for c in after) and not abbreviated,
+            )
+        )
+    return any(c in "([" for c in before), tuple(found)
 
 
 _INITIALS = re.compile(r"^[A-Z]$|^(?:[A-Za-z]\.)+[A-Za-z]$")  # J. (Smith), p.m., U.S.

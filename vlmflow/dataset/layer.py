@@ -40,9 +40,10 @@ def read_layer(manifest: Manifest, name: str, scratch: Any = None) -> dict[str, 
     return {key: row for part in manifest.layer(name).parts for key, row in read_part(part, scratch).items()}
 
 
-def _layer_digest(
+def digest_for(
     manifest: Manifest, name: str, params: dict, version: int, schema: Mapping[str, str], reads: Iterable[str]
 ) -> str:
+    """The digest of a layer computed with these parameters: its folder in the store, and the name of what belongs to it."""
     upstream = {read: manifest.layer(read).digest for read in sorted(reads)}
     return digest({"step": name, "version": version, "params": params, "schema": dict(schema), "reads": upstream})
 
@@ -83,7 +84,7 @@ def add_layer(
         DataError: a compute that skipped a sample or invented one.
     """
     reads = tuple(reads)
-    layer_digest = _layer_digest(manifest, name, params, version, schema, reads)
+    layer_digest = digest_for(manifest, name, params, version, schema, reads)
 
     def one(position: int) -> LayerPart:
         shard = manifest.shards[position]
@@ -187,7 +188,7 @@ def _seal_global(
 ) -> Manifest:
     """Write parts that depend on all shards, so their digest does too, and seal."""
     over = {**params, "manifest": [shard.sha256 for shard in manifest.shards]}
-    layer_digest = _layer_digest(manifest, name, over, version, schema, reads)
+    layer_digest = digest_for(manifest, name, over, version, schema, reads)
     parts = list(write(lambda shard: _part_uri(ctx.root, name, layer_digest, shard)))
     layer = LayerRef(step=name, digest=layer_digest, params=params, version=version, parts=parts)
     about = summary(_with_layer(manifest, name, layer)) if callable(summary) else summary or {}

@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from vlmflow.look.table import FIXED, Table, attach, quoted
+from vlmflow.look.sql import answering, attach, quoted
+from vlmflow.look.table import FIXED, Table
 
 if TYPE_CHECKING:
     import duckdb
@@ -33,7 +34,7 @@ def diff(a: Manifest, b: Manifest, table_a: Table, table_b: Table, examples: int
     made["shards"] = _shards(a, b)
     made["layers"] = _layers(a, b)
     made["steps"] = _steps(a, b)
-    with attach({"ra": table_a.path, "rb": table_b.path}) as con:
+    with attach({"ra": table_a.path, "rb": table_b.path}) as con, answering(table_a.path.parent):
         made["samples"] = _samples(con, examples)
         made["sources"] = _sources(con)
         made["images"] = _images(con, table_a, table_b, examples)

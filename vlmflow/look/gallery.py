@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from vlmflow.look.samples import Samples
     from vlmflow.look.table import Table
 
+SEARCHES = 8  # whose hits are held, at most 8 bytes a sample
 REMEMBERED = 64  # counts and facets of questions
 TYPES = {"jpeg": "image/jpeg", "jpg": "image/jpeg", "png": "image/png", "webp": "image/webp"}
 Answer = tuple[int, str, bytes]
@@ -33,11 +35,14 @@ class Gallery:
 
     def __init__(self, manifest: Manifest, table: Table, samples: Samples) -> None:
         self.manifest, self.table, self.samples = manifest, table, samples
+        self.digest = manifest.digest  # of a large dataset it takes a while
         self.thumbnails = Thumbnails()
         self._con = table.connect()
         self._failed = failed.total(self._con)
-        self._known: OrderedDict[query.Query, tuple[int, list[query.Facet]]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._known: OrderedDict[Any, Any] = OrderedDict()
+        self._searches: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._made = 0
+        self._lock, self._search = threading.Lock(), threading.Lock()
 
     def close(self) -> None:
         self._con.close()
@@ -64,6 +69,7 @@ class Gallery:
     # pages --------------------------------------------------------------------------------------------------------
 
     def index(self, q: query.Query) -> str:
+        q = self._narrowed(q)
         total, facets = self._counted(q)
         con = self._con.cursor()
         rows = query.page(con, self.table, q)
@@ -75,7 +81,7 @@ class Gallery:
         column = self.table.columns.get(q.sort)
         drawn: Safe | str = ""
         if column and column.kind == "number" and q.sort not in ("n", "shard"):
-            made = query.histogram(con, self.table, q, q.sort)
+            made = self._histogram(q)
             least, most = dict(q.least), dict(q.most)
             drawn = el("div", cards.plot(made, lambda low, high: q.url(
                 page=1, least=tuple(sorted({**least, q.sort: low}.items())), most=tuple(sorted({**most, q.sort: high}.items()))
@@ -109,7 +115,7 @@ class Gallery:
 
     def sample(self, q: query.Query) -> str:
         """The page of one sample: the gallery's page of one."""
-        q = replace(q, per=1)
+        q = self._narrowed(replace(q, per=1))
         total, _ = self._counted(q)
         rows = query.page(self._con.cursor(), self.table, q)
         if not rows:
@@ -145,7 +151,7 @@ class Gallery:
             el("h1", manifest.name),
             *(el("span", note, cls="dim") for note in notes),
             el("a", f"{count(self._failed)} rows became no sample", href="/failed", cls="dim") if self._failed else "",
-            el("code", manifest.digest[:12], title=manifest.digest),
+            el("code", self.digest[:12], title=self.digest),
             cls="top",
         )
         head = join([
@@ -154,14 +160,37 @@ class Gallery:
         ])  # fmt: skip
         return f"<!doctype html><html lang='en'><head>{head}</head><body>{top}{body}</body></html>"
 
+    def _narrowed(self, q: query.Query) -> query.Query:
+        """The question with its text looked for: pages, counts and facets share the hits."""
+        if not q.text:
+            return q
+        asked = (q.text, q.within)
+        with self._search:
+            if asked not in self._searches:
+                self._made += 1
+                query.search(self._con, self.table, q, f"hits{self._made}")
+                self._searches[asked] = f"hits{self._made}"
+            self._searches.move_to_end(asked)
+            while len(self._searches) > SEARCHES:
+                self._con.execute(f"DROP TABLE {self._searches.popitem(last=False)[1]}")
+            return replace(q, hits=self._searches[asked])
+
     def _counted(self, q: query.Query) -> tuple[int, list[query.Facet]]:
-        asked = q.filters()
+        def measure(con: Any) -> tuple[int, list[query.Facet]]:
+            return query.count(con, self.table, q), query.facets(con, self.table, q)
+
+        return self._remembered(q.filters(), measure)
+
+    def _histogram(self, q: query.Query) -> dict[str, Any]:
+        return self._remembered((q.filters(), q.sort), lambda con: query.histogram(con, self.table, q, q.sort))
+
+    def _remembered(self, asked: Any, measure: Callable[[Any], Any]) -> Any:
+        """What was counted for a question before: turning a page counts nothing again."""
         with self._lock:
             if asked in self._known:
                 self._known.move_to_end(asked)
                 return self._known[asked]
-        con = self._con.cursor()
-        made = query.count(con, self.table, q), query.facets(con, self.table, q)
+        made = measure(self._con.cursor())
         with self._lock:
             self._known[asked] = made
             while len(self._known) > REMEMBERED:
@@ -175,7 +204,7 @@ class Gallery:
             return None
         return el(
             "img",
-            src=f"/thumb?n={row['n']}&of={self.manifest.digest[:12]}",
+            src=f"/thumb?n={row['n']}&of={self.digest[:12]}",
             loading="lazy",
             alt=f"picture of {row['key']}",
         )

@@ -7,7 +7,7 @@ import threading
 from collections import OrderedDict
 
 from vlmflow.errors import DataError
-from vlmflow.vision.image import decode
+from vlmflow.vision.image import decode_scaled
 
 SIDE = 320  # pixels, longer side; shown at about half of that
 CACHE_BYTES = 64 << 20
@@ -43,7 +43,7 @@ class Thumbnails:
 
 def thumbnail(data: bytes, side: int = SIDE) -> bytes:
     """A JPEG of at most `side` pixels. Raises DataError when the bytes do not decode."""
-    small = decode(data)
+    small = decode_scaled(data, lambda *_: (side, side)).image
     small.thumbnail((side, side))
     out = io.BytesIO()
     try:

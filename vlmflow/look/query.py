@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
 from vlmflow.errors import DataError
-from vlmflow.look.table import Column, Table, kind_sql, quoted
+from vlmflow.look.sql import kind_sql, quoted
+from vlmflow.look.table import Column, Table
 
 if TYPE_CHECKING:
     import duckdb
@@ -38,6 +39,7 @@ class Query:
         text: is looked for in all texts, or in the column `within`; upper and lower case are the same.
         sort: a column, "n" (order of the dataset) or "random" (the same every time); ties follow the order of the dataset.
         page: from 1.
+        hits: table with the numbers of the samples that hold the text, when it was looked for before (`search`).
         show: layers whose texts and scores cards have (`sample`: the samples' own JSON); empty = all.
     """
 
@@ -51,6 +53,7 @@ class Query:
     page: int = 1
     per: int = PER_PAGE
     show: tuple[str, ...] = ()
+    hits: str = ""
 
     def values(self, parameter: str) -> tuple[str, ...]:
         """Values asked for of a parameter; empty = any."""
@@ -199,11 +202,19 @@ def where(table: Table, query: Query, without: str = "") -> tuple[str, list[Any]
         for name, value in bounds:
             clauses.append(f"{table.column(name).quoted} {sign} ?")
             values.append(value)
-    if query.text:
+    if query.hits:
+        clauses.append(f"n IN (SELECT n FROM {quoted(query.hits)})")
+    elif query.text:
         columns = [table.column(query.within)] if query.within else searched(table)
         clauses.append("(" + " OR ".join(f"contains(lower({c.quoted}), ?)" for c in columns) + ")")
         values += [query.text.lower()] * len(columns)
     return (" WHERE " + " AND ".join(clauses) if clauses else ""), values
+
+
+def search(con: duckdb.DuckDBPyConnection, table: Table, query: Query, name: str) -> None:
+    """Look for a question's text once, and keep the numbers of the samples that hold it as a table of this name."""
+    clause, values = where(table, Query(text=query.text, within=query.within))
+    con.execute(f"CREATE TABLE {quoted(name)} AS SELECT n FROM rows{clause}", values)
 
 
 def searched(table: Table) -> list[Column]:

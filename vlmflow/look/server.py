@@ -13,7 +13,9 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
-from vlmflow.errors import DataError, VlmflowError
+import duckdb
+
+from vlmflow.errors import DataError, ServiceError, VlmflowError
 from vlmflow.look.gallery import Gallery
 
 LOOPBACK = "127.0.0.1"
@@ -44,6 +46,8 @@ class _Handler(BaseHTTPRequestHandler):
             answer = HTTPStatus.BAD_REQUEST, "text/plain; charset=utf-8", f"{error}\n".encode()
         except VlmflowError as error:
             answer = HTTPStatus.BAD_GATEWAY, "text/plain; charset=utf-8", f"{error}\n".encode()
+        except duckdb.Error as error:  # memory or disk ran out
+            answer = HTTPStatus.SERVICE_UNAVAILABLE, "text/plain; charset=utf-8", f"{error}\n".encode()
         self._send(*answer)
 
     do_HEAD = do_GET
@@ -70,14 +74,19 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class GalleryServer(ThreadingHTTPServer):
-    """Serves a gallery on the loopback address; `port` 0 takes a free one."""
+    """Serves a gallery on the loopback address; `port` 0 takes a free one. Raises ServiceError when the port is taken."""
 
     daemon_threads = True
 
     def __init__(self, gallery: Gallery, port: int = 0) -> None:
         self.gallery = gallery
         self._places = threading.BoundedSemaphore(CONNECTIONS)
-        super().__init__((LOOPBACK, port), _Handler)
+        try:
+            super().__init__((LOOPBACK, port), _Handler)
+        except OSError as error:
+            raise ServiceError(
+                f"cannot serve at {LOOPBACK}:{port}: {error.strerror or error}; choose another --port, or 0 for a free one"
+            ) from error
 
     @property
     def url(self) -> str:

@@ -37,7 +37,7 @@ PREFERRED = ("ppl.ppl", "dedup.distance", "judge.score", "ocr.score")  # what to
 
 def page(manifest: Manifest, table: Table, samples: Samples, asked: Query, each: int = EACH, note: str = "") -> str:
     """The whole file: counts, the histogram of the sorted column, its lowest and highest samples, and some of every reason."""
-    with table.connect() as con:
+    with table.open() as con:
         parts = body(manifest, con, table, samples, asked, each)
     head = join([
         el("meta", charset="utf-8"), el("meta", http_equiv="Content-Security-Policy", content=POLICY),
@@ -157,7 +157,7 @@ def excerpt(manifest: Manifest, scratch: Path, layer: str | None = None, each: i
     samples = Samples(part, scratch)
     table = open_table(part, scratch, samples=not samples.bytes_to_fetch())
     try:
-        with table.connect() as con:
+        with table.open() as con:
             asked = query.Query(sort=_column(table, layer) or "n")
             groups = body(part, con, table, samples, asked, each)
     finally:

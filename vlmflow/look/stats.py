@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.look import query
+from vlmflow.look.sql import kind_sql, quoted
 from vlmflow.look.summary import sources
-from vlmflow.look.table import FIXED, Column, Table, kind_sql, quoted
+from vlmflow.look.table import FIXED, Column, Table
 from vlmflow.report.numbers import short
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def stats(manifest: Manifest, table: Table) -> dict[str, Any]:
         `columns` by name with `kind` and, by kind, the numbers of `number`, `text`, `values` or `items`; `duplicates`;
         `with_samples`: whether the samples' own JSON was counted.
     """
-    with table.connect() as con:
+    with table.open() as con:
         columns = {c.name: _column(con, table, c) for c in table.columns.values() if c.name not in FIXED}
         return {
             "name": manifest.name,

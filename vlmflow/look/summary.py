@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.dataset.layer import failures
-from vlmflow.look.table import NUMBER
+from vlmflow.look.sql import NUMBER
 
 if TYPE_CHECKING:
     from vlmflow.dataset.manifest import Manifest

@@ -11,12 +11,11 @@ The file is a cache: it is made whole or not at all, and may be deleted at any t
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -27,8 +26,9 @@ from vlmflow.curation.inputs import UPSTREAM
 from vlmflow.curation.pull_shard import COLUMNS as FAILED
 from vlmflow.curation.pull_shard import read_failures
 from vlmflow.dataset.layer import read_columns
-from vlmflow.errors import DataError, NoSpace, NotFound, StorageError
+from vlmflow.errors import DataError, NotFound
 from vlmflow.look.samples import Samples
+from vlmflow.look.sql import answering, attach, kind_sql, limits, literal, quoted
 
 if TYPE_CHECKING:
     import duckdb
@@ -36,9 +36,7 @@ if TYPE_CHECKING:
 
     from vlmflow.dataset.manifest import Manifest
 
-VERSION = 2  # raise when the same manifest would give another file
-MEMORY = "2GB"  # of DuckDB; what does not fit is spilled to the scratch folder
-THREADS = 2
+VERSION = 3  # raise when the same manifest would give another file
 DAY = 86400.0  # seconds
 BATCH_ROWS = 50_000
 BATCH_BYTES = 64 << 20
@@ -53,8 +51,6 @@ _SAMPLE_SCHEMA = {
     "id": "string", "url": "string", "text": "string", "talk": "string", "licence": "string", "images": "int64",
     "width": "int64", "height": "int64", "aspect": "float64", "format": "string", "sha256": "string",
 }  # fmt: skip
-NUMBER = r"[-+]?\d[\d.,]*(e[-+]?\d+)?"
-_SHELL: dict[str, Any] = {"autoinstall_known_extensions": False, "autoload_known_extensions": False}
 
 
 @dataclass(frozen=True)
@@ -82,8 +78,14 @@ class Table:
     rows: int
     with_samples: bool
 
+    @contextmanager
+    def open(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """`connect` for a while. Raises DataError or NoSpace when DuckDB cannot answer."""
+        with self.connect() as con, answering(self.path.parent):
+            yield con
+
     def connect(self) -> duckdb.DuckDBPyConnection:
-        """A read-only connection that reaches nothing but this file; close it, or use it as a context manager."""
+        """A read-only connection that reaches nothing but this file; close it."""
         con = attach({"rows": self.path})
         con.execute(f"CREATE VIEW failures AS SELECT * FROM {quoted(self.path.name)}.main.failures")
         return con
@@ -98,55 +100,6 @@ class Table:
         if name not in self.columns:
             raise DataError(f"there is no column '{name}'; the dataset has {', '.join(self.columns)}")
         return self.columns[name]
-
-
-def attach(paths: Mapping[str, Path]) -> duckdb.DuckDBPyConnection:
-    """A connection with the rows of tables as read-only views of the names given; it reaches nothing but their files.
-
-    Raises:
-        DataError: a file cannot be read.
-    """
-    import duckdb
-
-    con = duckdb.connect(":memory:", config=limits(next(iter(paths.values())).parent))
-    try:
-        for path in dict.fromkeys(paths.values()):  # a file cannot be attached twice
-            con.execute(f"ATTACH {literal(str(path))} AS {quoted(path.name)} (READ_ONLY)")
-        for name, path in paths.items():
-            con.execute(f"CREATE VIEW {quoted(name)} AS SELECT * FROM {quoted(path.name)}.main.rows")
-        con.execute("SET enable_external_access = false")
-        con.execute("SET lock_configuration = true")
-    except duckdb.Error as error:
-        con.close()
-        raise DataError(
-            f"{', '.join(map(str, paths.values()))} cannot be read ({error}); it is only a cache: delete it and run the command again"
-        ) from error
-    return con
-
-
-def quoted(name: str) -> str:
-    """A name as an SQL identifier, whatever it holds."""
-    return '"' + name.replace('"', '""') + '"'
-
-
-def literal(text: str) -> str:
-    """A text as an SQL literal, whatever it holds."""
-    return "'" + text.replace("'", "''") + "'"
-
-
-def kind_sql(expression: str) -> str:
-    """SQL that gives reasons which differ in their numbers one name: `perplexity 8.1 is beyond ...` -> `perplexity # is ...`."""
-    return f"regexp_replace({expression}, '{NUMBER}', '#', 'g')"
-
-
-def limits(folder: Path) -> dict[str, Any]:
-    """DuckDB's settings: memory and threads bounded, what does not fit is spilled into `folder`, nothing is downloaded."""
-    return {
-        **_SHELL,
-        "memory_limit": MEMORY,
-        "threads": min(THREADS, os.cpu_count() or 1),
-        "temp_directory": str(folder / f".spill-{secrets.token_hex(8)}"),  # its own: other processes spill too
-    }
 
 
 def open_table(
@@ -212,7 +165,7 @@ def _build(manifest: Manifest, scratch: Path, path: Path, samples: bool, say: Ca
 
     arriving = path.with_name(f".{secrets.token_hex(8)}.duckdb")
     try:
-        with duckdb.connect(str(arriving), config=limits(path.parent)) as con:
+        with answering(path.parent), duckdb.connect(str(arriving), config=limits(path.parent)) as con:
             kinds: dict[str, str] = {}
             done = 0
             for batch in _batches(_shard_tables(manifest, scratch, samples, kinds)):
@@ -224,12 +177,6 @@ def _build(manifest: Manifest, scratch: Path, path: Path, samples: bool, say: Ca
             _describe(con, kinds)
             _failures(con, manifest)
         arriving.replace(path)
-    except duckdb.OutOfMemoryException as error:  # also of the disk that is spilled to
-        raise NoSpace(f"{path.parent}: DuckDB's {MEMORY} and the disk behind them do not suffice: {error}") from error
-    except duckdb.IOException as error:
-        raise StorageError(f"{arriving}: {error}") from error
-    except duckdb.Error as error:
-        raise DataError(f"dataset '{manifest.name}': its layers do not form one table: {error}") from error
     finally:
         for left in (arriving, arriving.with_name(arriving.name + ".wal")):
             left.unlink(missing_ok=True)

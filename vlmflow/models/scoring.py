@@ -94,7 +94,7 @@ def score_packed(
         features.done(items)
         return found
 
-    for pack in packs(order, [len(item.ids) for item in encoded], [item.tile_count for item in encoded], limit):
+    for pack in packs(order, [len(item.ids) for item in encoded], limit):
         scores |= halving(forward, pack)
         if progress:
             progress(len(pack))
@@ -116,16 +116,16 @@ def halving(forward: Callable[[Sequence[int]], dict[int, Score]], pack: Sequence
     return halving(forward, pack[:middle]) | halving(forward, pack[middle:])
 
 
-def packs(order: Sequence[int], tokens: Sequence[int], tiles: Sequence[int], limit: int) -> Iterator[list[int]]:
-    """`order` cut where a pack would pass `limit` tokens or TILES tiles; a longer one stands alone."""
+def packs(order: Sequence[int], tokens: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """`order` cut where a pack would pass `limit` tokens; a longer one stands alone."""
     pack: list[int] = []
-    length = count = 0
+    length = 0
     for i in order:
-        if pack and (length + tokens[i] > limit or count + tiles[i] > TILES):
+        if pack and length + tokens[i] > limit:
             yield pack
-            pack, length, count = [], 0, 0
+            pack, length = [], 0
         pack.append(i)
-        length, count = length + tokens[i], count + tiles[i]
+        length += tokens[i]
     if pack:
         yield pack
 

@@ -26,6 +26,11 @@ class EndpointFields(Section):
         gt=0,
         description="seconds after which an answer is given up and asked for again, the server's queue included",
     )
+    lost_limit: Share = Field(
+        0.02,
+        description="largest share of a shard's requests that may stay unanswered by a server in trouble (timeouts, 5xx); above it "
+        "the step stops and asks them again when it is run again",
+    )
     price_in: float | None = Field(
         None, ge=0, description="price of a million prompt tokens, for the cost in the summary"
     )

@@ -49,7 +49,8 @@ class Index:
 
     def _table(self, cuts: tuple[tuple[int, int], ...], radius: int) -> _Table:
         keys, size = _keys(self.values, self.groups, cuts), 1 << sum(bits for _, bits in cuts)
-        order = np.argsort(keys, kind="stable").astype(np.int32)
+        short = keys.astype(np.uint16) if size <= 1 << 16 else keys  # 16 bits are sorted by radix, ten times as fast
+        order = np.argsort(short, kind="stable").astype(np.int32)
         starts = np.zeros(size + 1, dtype=np.int64)
         np.cumsum(np.bincount(keys, minlength=size), out=starts[1:])
         place = np.empty(len(order), dtype=np.int32)
@@ -95,10 +96,16 @@ class Index:
         order: np.ndarray, starts: np.ndarray, ends: np.ndarray, first: int,
     ) -> np.ndarray:  # fmt: skip
         counts = ends - starts
-        query = np.repeat(np.arange(first, first + len(counts)), counts)
-        within = np.arange(len(query)) - np.repeat(np.cumsum(counts) - counts, counts)
-        other = order[np.repeat(starts, counts) + within]
-        good = np.bitwise_count(values[query] ^ self.values[other]) <= self.distance
+        ends = np.cumsum(counts)
+        place = np.repeat(starts - (ends - counts), counts)
+        place += np.arange(len(place))
+        other = order[place]
+        mine = np.repeat(values[first : first + len(counts)], counts)
+        close = np.flatnonzero(
+            np.bitwise_count(mine ^ self.values[other]) <= self.distance
+        )  # few: the rest looks at these
+        query, other = first + np.searchsorted(ends, close, side="right"), other[close].astype(np.int64)
+        good = np.ones(len(close), dtype=bool)
         if own is not None:
             good &= other > own[query]
         if groups is not None and self.groups is not None:
