@@ -250,3 +250,18 @@ def _profile_with_swapped_colours() -> bytes:
     red, green = data.index(b"rXYZ"), data.index(b"gXYZ")
     data[red : red + 4], data[green : green + 4] = b"gXYZ", b"rXYZ"
     return bytes(data).replace(b"sRGB", b"test").replace(b"s\0R\0G\0B", b"t\0e\0s\0t")
+
+
+def test_reports_show_pictures_upright_too():
+    import base64
+    import re
+
+    from vlmflow.report.page import thumbnail
+
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    stored = quarters((900, 1200)).transpose(Image.Transpose.ROTATE_90)
+    shown = str(thumbnail(encode(stored, "JPEG", exif=exif, quality=95), "x"))
+    assert "900x1200" in shown
+    image = Image.open(io.BytesIO(base64.b64decode(re.search(r"base64,([^\"]+)", shown)[1])))
+    assert close(corners(image.convert("RGB")), corners(quarters()), by=20)

@@ -203,6 +203,8 @@ def thumbnail(data: bytes, name: str) -> Safe:
     """A picture as an `img` with a data URI: as it is when small, else reduced. What does not decode is said so."""
     from PIL import Image
 
+    from vlmflow.vision.rgb import to_rgb
+
     try:
         image: Image.Image = Image.open(io.BytesIO(data))
         small = max(image.size) <= THUMB and len(data) <= 24_000 and image.format in ("PNG", "JPEG", "WEBP")
@@ -211,7 +213,8 @@ def thumbnail(data: bytes, name: str) -> Safe:
         if small:
             image.load()
         else:
-            image = image.convert("RGB")
+            image = to_rgb(image)
+            width, height = image.size  # as displayed
             image.thumbnail((THUMB, THUMB))
             out = io.BytesIO()
             image.save(out, format="JPEG", quality=82)
