@@ -82,3 +82,14 @@ def test_both_learning_rate_orders_are_presets():
     assert rates == {"vit-first": [2e-4, 2e-5, 2e-4, 2e-5], "mlp-first": [2e-5, 2e-4, 2e-5, 2e-4]}
     with pytest.raises(RecipeError, match="no preset 'other'"):
         recipe.load(RECIPES[1], ["preset=other"])
+
+
+def test_curation_that_cannot_work_is_told_before_a_run() -> None:
+    with pytest.raises(
+        RecipeError, match=r"curation\.contamination: compares with evaluation\.benchmarks, but the recipe has none"
+    ):
+        recipe.load(RECIPES[0], ["evaluation.benchmarks={}", "soup=null", "registry.gates={}"])
+    with pytest.raises(
+        RecipeError, match=r"curation\.keep\.quota: \['other'\] are no sources of dataset 'web'; it has \['web'\]"
+    ):
+        recipe.load(RECIPES[0], ["curation.keep.quota={other: 5}"])

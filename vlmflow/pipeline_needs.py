@@ -71,10 +71,6 @@ def suits(recipe: Recipe, pipeline: str) -> None:
         )
     if pipeline == "curate" and recipe.curation.dataset is None:
         problems.append("curation.dataset: null, so there is nothing to curate; set it to web")
-    if needs.tables and recipe.curation.contamination and not recipe.evaluation.benchmarks:
-        problems.append(
-            "curation.contamination: compares with evaluation.benchmarks, but the recipe has none; name some or leave it out"
-        )
     if needs.soup and recipe.soup is None:
         problems.append(f"soup: the {pipeline} pipeline ends in a soup; name at least one candidate")
     if needs.benchmarks and not recipe.evaluation.benchmarks:

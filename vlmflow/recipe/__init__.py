@@ -51,6 +51,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         problems = [*self._dataset_problems(), *self._soup_problems(), *self._stage_problems(), *self._gate_problems()]
+        problems += self._curation_problems()
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -101,6 +102,19 @@ class Recipe(Section):
                 problems.append(
                     f"{field}: keep needs the perplexity filter, which runs on dataset '{self.curation.dataset}' only"
                 )
+        return problems
+
+    def _curation_problems(self) -> list[str]:
+        problems = []
+        if self.curation.contamination and not self.evaluation.benchmarks:
+            problems.append(
+                "curation.contamination: compares with evaluation.benchmarks, but the recipe has none; name some or leave it out"
+            )
+        known = sorted(self.data[self.curation.dataset].sources) if self.curation.dataset in self.data else []
+        if strangers := sorted(set(self.curation.keep.quota) - set(known)):
+            problems.append(
+                f"curation.keep.quota: {strangers} are no sources of dataset '{self.curation.dataset}'; it has {known}"
+            )
         return problems
 
     def _soup_problems(self) -> list[str]:
