@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 import pytest
 from aiohttp import web
 
-from vlmflow.curation.fetch import Fetcher, Limits
+from vlmflow.curation.fetch import Fetcher
+from vlmflow.curation.fetch_limits import Limits
 from vlmflow.curation.hosts import GIVEN_UP, REGAIN, Host, Slots
 
 pytestmark = pytest.mark.asyncio

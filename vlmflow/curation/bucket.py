@@ -17,7 +17,7 @@ from typing import Any
 
 from vlmflow import storage
 from vlmflow.curation.accept import Rejected
-from vlmflow.curation.fetch import Fetched
+from vlmflow.curation.fetch_limits import Fetched
 from vlmflow.dataset.fetch import retried
 from vlmflow.errors import NotFound
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 from weakref import WeakValueDictionary
 
-from vlmflow.curation.fetch import Fetched
+from vlmflow.curation.fetch_limits import Fetched
 from vlmflow.digest import sha256_bytes
 
 PREFIX = "cell:"

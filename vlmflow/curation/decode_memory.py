@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from vlmflow.recipe.data import ResizeSpec
 
-DECODE_BYTES = 208 << 20  # of all decodes at a time
+DECODE_BYTES = 192 << 20  # of all decodes at a time
 
 # Bytes a pixel at the peak, measured with Pillow 12 on 49-megapixel files.
 _STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "LA": 4, "RGB": 4, "RGBA": 4, "CMYK": 4}  # of a decoded picture

@@ -20,84 +20,19 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
 
-from vlmflow import __version__
 from vlmflow.curation.connect import connector
+from vlmflow.curation.fetch_limits import Clock, Failure, Fetched, Limits
 from vlmflow.curation.guards import ForbiddenAddress, is_public, literal_address, opted_out
 from vlmflow.curation.hosts import Hosts, Slots, retry_after
 
-USER_AGENT = f"vlmflow/{__version__} (+image dataset puller; honours X-Robots-Tag)"
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
 BUSY = frozenset({"http_429", "http_503"})  # the host asks to be left alone for a while
-# Reasons that another attempt on another day may cure; all others are properties of the URL or of its content.
-TRANSIENT = frozenset(
-    {"refused", "unreachable", "connect_timeout", "timeout", "first_byte_timeout", "too_slow", "dns", "disconnected"}
-    | {"http_429", "robots_unknown"}
-)
-SLOW_GRACE = 5.0  # seconds of a body before its rate is judged
 IN_MEMORY = 16 << 20  # bytes of bodies in memory over all open requests; the rest of each waits on disk
 TICK = 0.2  # seconds between looks at the clocks
 STEP = 64 << 10  # bytes of a compressed body that are unpacked at a time
 
 Use = Callable[[IO[bytes]], Awaitable[Any]]
-
-
-def is_transient(reason: str) -> bool:
-    """Whether fetching the same URL again later may succeed (server down, overloaded or slow)."""
-    return reason in TRANSIENT or reason.startswith("http_5")
-
-
-@dataclass(frozen=True)
-class Limits:
-    """How far a fetch may go. Times in seconds, sizes in bytes."""
-
-    concurrency: int = 64
-    per_host: int = 16
-    timeout: float = 10.0  # network time of one URL, all attempts together; waits between attempts not counted
-    connect_timeout: float = 5.0
-    first_byte_timeout: float = 10.0  # from a request to the head of its answer
-    min_rate: int = 0  # bytes per second of a body, judged after SLOW_GRACE; 0 = no limit
-    max_bytes: int = 20_000_000
-    redirects: int = 5
-    retries: int = 2
-    backoff: float = 0.25  # doubles with each retry
-    retry_after_cap: float = 30.0
-    allow_hosts: frozenset[str] = frozenset()
-    user_agent: str = USER_AGENT
-    robots_txt: bool = False
-    dead_after: int = 16  # failed connections in a row, and no answer ever, after which a host gets no more retries
-
-    @property
-    def agent(self) -> str:
-        """The product name by which X-Robots-Tag and robots.txt may speak to us."""
-        return self.user_agent.split("/")[0].lower()
-
-
-@dataclass(frozen=True)
-class Fetched:
-    """What became of one URL: its body (`file`; `used` if a function took it), or `reason` (a code) and `detail` (for people)."""
-
-    url: str
-    file: IO[bytes] | None = None
-    reason: str | None = None
-    detail: str = ""
-    used: Any = None
-
-    @property
-    def data(self) -> bytes | None:
-        """The whole body in memory."""
-        if self.file is None:
-            return None
-        self.file.seek(0)
-        return self.file.read()
-
-
-class _Failure(Exception):
-    """Ends an attempt; `wait` None means that no further attempt can help, else how long the server asks for."""
-
-    def __init__(self, reason: str, detail: str = "", wait: float | None = None, connecting: bool = False):
-        super().__init__(reason)
-        self.reason, self.detail, self.wait, self.connecting = reason, detail, wait, connecting
 
 
 @dataclass
@@ -119,7 +54,7 @@ class Fetcher:
         limits = self.limits
         self.bytes = 0  # of bodies, so far
         self._folder = str(self.folder) if self.folder else None
-        self._clocks: set[_Clock] = set()
+        self._clocks: set[Clock] = set()
         self._watchman = asyncio.create_task(self._watch())
         self._hosts = Hosts(limits.per_host, limits.dead_after)
         self._slots = Slots(limits.concurrency)
@@ -156,7 +91,7 @@ class Fetcher:
             host = self._hosts[place(parsed)]
             if self._robots:
                 self._obey(await self._robots.verdict(parsed))
-        except _Failure as error:
+        except Failure as error:
             return Fetched(url, None, error.reason, error.detail)
         while True:
             async with host.slots:
@@ -167,7 +102,7 @@ class Fetcher:
                     start = time.monotonic()
                     try:
                         body = await self._attempt(parsed, limits.timeout - spent)
-                    except _Failure as error:
+                    except Failure as error:
                         failure = error
                         spent += time.monotonic() - start
                     else:
@@ -198,12 +133,12 @@ class Fetcher:
             with await self._attempt(url, self.limits.timeout, robots=False) as body:
                 body.seek(0)
                 return None, body.read(STEP * 8)
-        except _Failure as error:
+        except Failure as error:
             return error.reason, b""
 
     async def _attempt(self, url: Any, seconds: float, robots: bool = True) -> IO[bytes]:
-        """One attempt within `seconds`. Raises _Failure."""
-        clock = _Clock(self.limits, seconds)
+        """One attempt within `seconds`. Raises Failure."""
+        clock = Clock(self.limits, seconds)
         self._clocks.add(clock)
         try:
             return await self._follow(url, clock, robots)
@@ -221,7 +156,7 @@ class Fetcher:
             for clock in list(self._clocks):
                 clock.look(now)
 
-    async def _follow(self, url: Any, clock: _Clock, robots: bool) -> IO[bytes]:
+    async def _follow(self, url: Any, clock: Clock, robots: bool) -> IO[bytes]:
         """Follow redirects by hand so that the guards see every hop."""
         import aiohttp
 
@@ -238,68 +173,68 @@ class Fetcher:
                         continue
                     return await self._body(response, clock)
             except aiohttp.ClientConnectorCertificateError as error:
-                raise _Failure("tls", "the certificate is not valid for the host") from error
+                raise Failure("tls", "the certificate is not valid for the host") from error
             except aiohttp.ClientConnectorDNSError as error:
                 if isinstance(error.os_error, ForbiddenAddress):
-                    raise _Failure("forbidden_address", str(error.os_error)) from error
-                raise _Failure("dns", f"{url.host} has no address", 0.0, connecting=True) from error
+                    raise Failure("forbidden_address", str(error.os_error)) from error
+                raise Failure("dns", f"{url.host} has no address", 0.0, connecting=True) from error
             except aiohttp.ClientSSLError as error:
-                raise _Failure("tls", "no TLS connection") from error
+                raise Failure("tls", "no TLS connection") from error
             except aiohttp.ConnectionTimeoutError as error:
-                raise _Failure("connect_timeout", place(url), 0.0, connecting=True) from error
+                raise Failure("connect_timeout", place(url), 0.0, connecting=True) from error
             except aiohttp.ClientConnectorError as error:
                 if isinstance(error.os_error, ForbiddenAddress):
-                    raise _Failure("forbidden_address", str(error.os_error)) from error
+                    raise Failure("forbidden_address", str(error.os_error)) from error
                 code = "refused" if isinstance(error.os_error, ConnectionRefusedError) else "unreachable"
-                raise _Failure(code, place(url), 0.0, connecting=True) from error
+                raise Failure(code, place(url), 0.0, connecting=True) from error
             except (aiohttp.InvalidURL, ValueError) as error:
-                raise _Failure("bad_url", "not a URL that can be requested") from error
+                raise Failure("bad_url", "not a URL that can be requested") from error
             except aiohttp.ClientPayloadError as error:
-                raise _Failure("truncated", "the body ended early", 0.0) from error
+                raise Failure("truncated", "the body ended early", 0.0) from error
             except aiohttp.ClientResponseError as error:
-                raise _Failure("bad_response", f"not HTTP as the standard has it ({error.message[:100]})") from error
+                raise Failure("bad_response", f"not HTTP as the standard has it ({error.message[:100]})") from error
             except (aiohttp.ClientError, OSError) as error:
-                raise _Failure("disconnected", place(url), 0.0) from error
-        raise _Failure("too_many_redirects", f"more than {self.limits.redirects}")
+                raise Failure("disconnected", place(url), 0.0) from error
+        raise Failure("too_many_redirects", f"more than {self.limits.redirects}")
 
     def _parse(self, url: Any) -> Any:
         """The URL as it will be requested; one parser for guard and request, so that they cannot disagree on the host.
-        Raises _Failure."""
+        Raises Failure."""
         import yarl
 
         try:
             parsed = yarl.URL(url)
             scheme, host, _ = parsed.scheme, (parsed.raw_host or "").lower(), parsed.port
         except (ValueError, TypeError) as error:
-            raise _Failure("bad_url", "not a URL") from error
+            raise Failure("bad_url", "not a URL") from error
         if scheme not in ("http", "https"):
-            raise _Failure("bad_scheme", f"'{scheme}' is neither http nor https")
+            raise Failure("bad_scheme", f"'{scheme}' is neither http nor https")
         if not host:
-            raise _Failure("bad_url", "no host")
+            raise Failure("bad_url", "no host")
         address = literal_address(host)
         if address is not None and host not in self.limits.allow_hosts and not is_public(address):
-            raise _Failure("forbidden_address", f"{host} is {address}")
+            raise Failure("forbidden_address", f"{host} is {address}")
         return parsed
 
     @staticmethod
     def _obey(verdict: tuple[str, str] | None) -> None:
         if verdict is not None:
-            raise _Failure(*verdict)
+            raise Failure(*verdict)
 
-    async def _body(self, response: Any, clock: _Clock) -> IO[bytes]:
+    async def _body(self, response: Any, clock: Clock) -> IO[bytes]:
         limits, status = self.limits, response.status
         if status != 200:
             wait = retry_after(response.headers.get("Retry-After")) if status in RETRIED_STATUS else None
-            raise _Failure(f"http_{status}", f"status {status}", wait)
+            raise Failure(f"http_{status}", f"status {status}", wait)
         directive = opted_out(response.headers.getall("X-Robots-Tag", []), limits.agent)
         if directive:
-            raise _Failure("opted_out", f"X-Robots-Tag: {directive}")
-        too_large = _Failure("too_large", f"more than {limits.max_bytes} bytes")
+            raise Failure("opted_out", f"X-Robots-Tag: {directive}")
+        too_large = Failure("too_large", f"more than {limits.max_bytes} bytes")
         if (response.content_length or 0) > limits.max_bytes:
             raise too_large
         encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
         if encoding not in ("", "identity", "gzip", "x-gzip", "deflate"):
-            raise _Failure("bad_encoding", f"Content-Encoding {encoding} was not asked for")
+            raise Failure("bad_encoding", f"Content-Encoding {encoding} was not asked for")
         packed = encoding not in ("", "identity")
         unzip = zlib.decompressobj(47 if "gzip" in encoding else 15) if packed else None
         pieces, size, file = [], 0, None
@@ -320,7 +255,7 @@ class Fetcher:
                             pieces.clear()
                 clock.size = size
             if not size:
-                raise _Failure("empty", "the body has 0 bytes")
+                raise Failure("empty", "the body has 0 bytes")
         except BaseException:
             if file is not None:
                 file.close()
@@ -329,55 +264,13 @@ class Fetcher:
         return file or io.BytesIO(b"".join(pieces))
 
 
-class _Clock:
-    """The time limits of one attempt, and which of them ended it. The fetcher's watchman looks at all clocks every TICK:
-    one timer for everybody, as most attempts last a few milliseconds."""
-
-    def __init__(self, limits: Limits, seconds: float) -> None:
-        self._limits = limits
-        self._task = asyncio.current_task()
-        self._end = self._limit = time.monotonic() + max(seconds, 0.001)
-        self._start = 0.0  # of the body
-        self.size = 0  # bytes of the body so far
-        self.verdict: tuple[str, str] | None = None
-
-    def asked(self) -> None:
-        """A request is sent."""
-        self._start = 0.0
-        self._limit = time.monotonic() + self._limits.first_byte_timeout
-
-    def body(self) -> None:
-        """The head of the answer is here."""
-        self._start = time.monotonic()
-
-    def look(self, now: float) -> None:
-        """End the attempt if a limit is passed."""
-        limits, rate = self._limits, self._limits.min_rate
-        if self.verdict is not None:
-            return
-        if now >= self._end:
-            self.verdict = ("timeout", f"not finished within {limits.timeout:g} s")
-        elif not self._start and now >= self._limit:
-            self.verdict = ("first_byte_timeout", f"no answer within {limits.first_byte_timeout:g} s")
-        elif self._start and rate and now >= self._start + max(SLOW_GRACE, self.size / rate):
-            self.verdict = ("too_slow", f"below {rate} bytes per second after {SLOW_GRACE:g} s")
-        if self.verdict is not None and self._task is not None:
-            self._task.cancel()
-
-    def passed(self) -> _Failure | None:
-        """The failure behind a cancellation, if it was ours."""
-        if self.verdict is None or self._task is None or self._task.uncancel() > 0:
-            return None
-        return _Failure(*self.verdict)
-
-
 def _unpacked(unzip: Any, chunk: bytes, encoding: str) -> Iterator[bytes]:
     """A compressed chunk in small steps: 1 kB may hold a megabyte."""
     while chunk:
         try:
             yield unzip.decompress(chunk, STEP)
         except zlib.error as error:
-            raise _Failure("corrupt", f"the body is not {encoding}") from error
+            raise Failure("corrupt", f"the body is not {encoding}") from error
         chunk = unzip.unconsumed_tail
 
 

@@ -15,7 +15,6 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +24,8 @@ from vlmflow.curation.adopt import Adopter
 from vlmflow.curation.allocator import keep_buffers
 from vlmflow.curation.bucket import Bucket
 from vlmflow.curation.cells import Cells
-from vlmflow.curation.fetch import Fetcher, Limits
+from vlmflow.curation.fetch import Fetcher
+from vlmflow.curation.fetch_limits import Limits
 from vlmflow.curation.first_seen import FirstSeen
 from vlmflow.curation.judges import Judges
 from vlmflow.curation.pull_shard import Plan, Result, ShardPuller
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 VERSION = 1  # raise when the same rows and limits would give other shards
 AHEAD = 3  # shards in flight, so that a slow row of one does not idle the connections
-HEAP_KEPT = 32 << 20  # bytes of free heap that wait for the next bodies
 JUDGES = 4  # threads that check images; Pillow releases the interpreter lock while it decodes
 
 
@@ -89,7 +88,6 @@ def run(ctx: Context, dataset: str, group: Mapping[str, Any] | None = None) -> M
     mine = [(source, max(begin - source.first, 0), min(end - source.first, source.shards)) for source in sources]
     work = Path(ctx.scratch) / "pull" / digest(ctx.root)[:16]
     work.mkdir(parents=True, exist_ok=True)
-    _steady_heap()
     label = f"pull {dataset}" + (f" {group['name']}" if group else "")
     rows = sum(_rows_of(source, pull.samples_per_shard, *span) for source, *span in mine)
     with ctx.progress(label, rows, "rows") as progress:
@@ -111,18 +109,6 @@ def run(ctx: Context, dataset: str, group: Mapping[str, Any] | None = None) -> M
     manifest = Manifest(name=dataset, shards=[r.ref for r in results if r.ref.samples], lineage=[lineage])
     save(manifest, ctx.root)
     return manifest
-
-
-def _steady_heap() -> None:
-    """Tell glibc which blocks go back to the system at once (pictures) and which it may keep (bodies): without it every
-    body of 100 kB is mapped, zeroed and unmapped again, a twelfth of the CPU time of a pull."""
-    import ctypes
-
-    trim, mapped = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    with suppress(OSError, AttributeError):  # another C library
-        libc = ctypes.CDLL(None)
-        libc.mallopt(trim, HEAP_KEPT)
-        libc.mallopt(mapped, HEAP_KEPT // 8)
 
 
 def plan_groups(ctx: Context, dataset: str, count: int) -> list[dict[str, Any]]:
@@ -246,11 +232,12 @@ class _Pulling:
         urls, seen = self._look(source, first, last), FirstSeen(self.work)
         tasks: dict[int, asyncio.Task[Result]] = {}  # by shard; a finished one serves rows that share images
         waiting: list[asyncio.Task[Result]] = []
-        with ThreadPoolExecutor(min(JUDGES, (os.cpu_count() or 1) + 1), thread_name_prefix="pull") as pool:
+        threads = min(JUDGES, (os.cpu_count() or 1) + 1)
+        with ThreadPoolExecutor(threads, thread_name_prefix="pull") as pool:
             async with _images(source, pull, self.work) as fetcher:
                 rows_of = self._rows(source, first, last, fetcher if isinstance(fetcher, Cells) else None)
                 plans = _plans(_counted(rows_of, seen), source.name, pull.samples_per_shard, params, urls)
-                judges = Judges(pool, pool._max_workers)
+                judges = Judges(pool, threads)
                 puller = ShardPuller(
                     self.ctx.root,
                     source.name,

@@ -23,7 +23,8 @@ from urllib.parse import urlsplit
 
 from vlmflow import storage
 from vlmflow.curation.accept import Rejected, accept
-from vlmflow.curation.fetch import Fetched, Use, is_transient
+from vlmflow.curation.fetch import Use
+from vlmflow.curation.fetch_limits import Fetched, is_transient
 from vlmflow.curation.judges import Judges
 from vlmflow.curation.spool import Images, Spool, Spooled, discard
 from vlmflow.curation.table import Row

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from vlmflow.curation.fetch import is_transient
+from vlmflow.curation.fetch_limits import is_transient
 from vlmflow.curation.pull_shard import Result
 from vlmflow.errors import StepFailed
 

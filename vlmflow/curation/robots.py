@@ -15,6 +15,7 @@ from urllib.robotparser import RobotFileParser
 Verdict = tuple[str, str]  # reason and detail
 Get = Callable[[Any], Awaitable[tuple[str | None, bytes]]]
 REMEMBERED = 16_000  # hosts whose rules are kept; the oldest is asked again
+HELD = 4 << 20  # bytes of robots.txt files behind the rules that are kept
 
 
 class Robots:
@@ -23,14 +24,18 @@ class Robots:
     def __init__(self, get: Get, agent: str) -> None:
         self._get, self._agent = get, agent
         self._rules: dict[str, asyncio.Task[RobotFileParser | Verdict | None]] = {}
+        self._sizes: dict[str, int] = {}
+        self._held = 0
 
     async def verdict(self, url: Any) -> Verdict | None:
         """None when the parsed URL may be fetched, else reason and detail."""
         origin = str(url.origin())
         task = self._rules.get(origin)
         if task is None:
-            while len(self._rules) >= REMEMBERED:
-                self._rules.pop(next(iter(self._rules)))
+            while len(self._rules) >= REMEMBERED or (self._held > HELD and self._rules):
+                oldest = next(iter(self._rules))
+                self._rules.pop(oldest)
+                self._held -= self._sizes.pop(oldest, 0)
             task = self._rules[origin] = asyncio.create_task(self._read(url))
         rules = await asyncio.shield(task)
         if not isinstance(rules, RobotFileParser):
@@ -43,6 +48,8 @@ class Robots:
         where = url.origin().with_path("/robots.txt")
         reason, body = await self._get(where)
         if reason is None or reason == "empty":
+            self._sizes[str(url.origin())] = len(body)
+            self._held += len(body)
             rules = RobotFileParser()
             rules.parse(body.decode("utf-8", "replace").splitlines())
             return rules

@@ -113,7 +113,8 @@ def _download(uri: str, scratch: Path, allow_hosts: frozenset[str]) -> str:
     check_host(uri, allow_hosts)
     import asyncio
 
-    from vlmflow.curation.fetch import Fetcher, Limits, is_transient
+    from vlmflow.curation.fetch import Fetcher
+    from vlmflow.curation.fetch_limits import Limits, is_transient
 
     async def fetch() -> Any:
         async with Fetcher(Limits(timeout=600.0, max_bytes=MAX_TABLE_BYTES, allow_hosts=allow_hosts)) as fetcher:
