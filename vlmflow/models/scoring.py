@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 ROWS = 16  # fewest rows of a matrix product
 TILES = 64  # encoder tiles a pass
 CPU_TOKENS = 2048  # tokens a pass on a CPU: the fastest of 512 to 4096 by a little; more only costs memory
+HEAD_ROWS = 256  # rows of a chunk of the head, at least: fewer make its matrix product slow
 CPU_LOGITS, GPU_LOGITS = 1 << 23, 1 << 27  # logits of a chunk of the head: 32 MiB and 512 MiB in fp32
 ROW_WISE = ("self_attn.q_proj", "self_attn.o_proj", "mlp")  # parts of a decoder layer that look at one row alone
 
@@ -238,7 +239,7 @@ def nats_of(hidden: torch.Tensor, targets: np.ndarray, head: Any) -> np.ndarray:
     count = len(targets)
     values = torch.from_numpy(np.pad(targets, (0, len(hidden) - count))).to(hidden.device)
     logits = GPU_LOGITS if hidden.is_cuda else CPU_LOGITS
-    most = max(2 * ROWS, logits // head.weight.shape[0])
+    most = max(HEAD_ROWS, logits // head.weight.shape[0])
     chunks = -(-len(hidden) // most)
     parts = zip(hidden.tensor_split(chunks), values.tensor_split(chunks), strict=True)  # of equal size: none is small
     nats = [torch.nn.functional.cross_entropy(head(h).float(), v, reduction="none") for h, v in parts]
