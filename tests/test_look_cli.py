@@ -79,8 +79,9 @@ def test_gallery_serves_until_it_is_interrupted(world):
 
     command = [sys.executable, "-u", "-m", "vlmflow.cli", "data", "gallery", world, "--serve"]
     process = subprocess.Popen(
-        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        command, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell hands down that it is ignored
+    )  # fmt: skip
     try:
         assert process.stdout is not None
         url = process.stdout.readline().split()[0]

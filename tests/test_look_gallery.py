@@ -354,3 +354,21 @@ def test_a_search_is_made_once_and_forgotten_in_time(world, monkeypatch):
         assert get(world.server, f"/?q=forgotten{i}")[0] == 200
     tables = gallery._con.execute("SELECT count(*) FROM duckdb_tables() WHERE table_name LIKE 'hits%'").fetchall()[0][0]
     assert tables == len(gallery._searches) == 8
+
+
+def test_a_duplicate_stands_beside_the_sample_that_stays(tmp_path):
+    manifest, ctx = look_world.small(tmp_path), look_world.context(tmp_path)
+    keys = [row["key"] for row in table_rows(manifest, tmp_path)]
+    rows = {key: {"key": key, "of": keys[17] if i == 4 else None, "distance": 3} for i, key in enumerate(keys)}
+    manifest = look_world.seal_layer(
+        ctx, manifest, "dedup", params={}, version=1, schema={"of": "str", "distance": "int"}, rows=rows
+    )
+    with serving(manifest, tmp_path) as server:
+        body = get(server, "/sample?page=5&per=1")[2].decode()
+        assert 'src="/image?n=17&amp;i=0"' in body and f"repeats {keys[17]}, which stays" in body
+        assert "which stays" not in get(server, "/sample?page=6&per=1")[2].decode()
+
+
+def table_rows(manifest, folder):
+    with table.open_table(manifest, folder / "scratch").open() as con:
+        return query.rows_of(con, range(24))

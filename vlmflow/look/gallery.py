@@ -134,8 +134,22 @@ class Gallery:
         if q.page < total:
             sides.append(el("a", "next", href="/sample" + q.url(page=q.page + 1), data_go="next"))
         sides.append(el("span", f"{count(q.page)} of {count(total)}", cls="dim"))
-        body = el("main", el("div", *sides, cls="pager"), one.body(self.manifest, row, self.samples), cls="one")
+        body = el(
+            "main",
+            el("div", *sides, cls="pager"),
+            one.body(self.manifest, row, self.samples, self._repeated(row)),
+            cls="one",
+        )
         return self._page(row["key"], body)
+
+    def _repeated(self, row: dict[str, Any]) -> Safe | str:
+        """The sample that stays in place of a duplicate, to be compared with it."""
+        key = row.get("dedup.of")
+        found = self._con.cursor().execute("SELECT n FROM rows WHERE key = ?", [key]).fetchall() if key else []
+        if not found:
+            return ""
+        picture = el("img", src=f"/image?n={found[0][0]}&i=0", alt=f"picture of {key}")
+        return el("a", picture, el("div", f"repeats {key}, which stays"), href=f"/sample?page={found[0][0] + 1}&per=1")
 
     def _page(self, title: str, body: Safe) -> str:
         manifest = self.manifest

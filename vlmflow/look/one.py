@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from vlmflow.look.samples import Samples
 
 
-def body(manifest: Manifest, row: dict[str, Any], samples: Samples) -> Safe:
-    """The page's content. Raises DataError when the shard does not hold what the manifest says."""
+def body(manifest: Manifest, row: dict[str, Any], samples: Samples, beside: Safe | str = "") -> Safe:
+    """The page's content; `beside` stands beside its pictures. Raises DataError when the shard does not hold what the manifest says."""
     found = of_sample(manifest, row["shard"], row["key"], samples)
     pictures = [
         el("a", el("img", src=f"/image?n={row['n']}&i={i}", alt=f"picture {i}"), href=f"/image?n={row['n']}&i={i}")
@@ -24,7 +24,7 @@ def body(manifest: Manifest, row: dict[str, Any], samples: Samples) -> Safe:
     ]
     badge = {"kept": "good", "dropped": "bad"}.get(found["state"], "")
     head = el("h1", found["key"], " ", tag(found["state"], badge))
-    parts: list[Any] = [head, el("p", found["reason"] or ""), el("div", *pictures, cls="pics")]
+    parts: list[Any] = [head, el("p", found["reason"] or ""), el("div", *pictures, beside, cls="pics")]
     table = found["table"] or "its table is not recorded"
     parts += [
         el("h2", "Where it comes from"),

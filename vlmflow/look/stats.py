@@ -213,4 +213,4 @@ def _line(c: dict[str, Any]) -> str:
     if values is None:
         return f"{c['filled']} filled{missing}"
     shown = ", ".join(f"{' '.join(str(v).split())[:60] or 'others'} {n}" for v, n in list(values.items())[:6])
-    return shown + missing
+    return (shown or "nothing") + missing
