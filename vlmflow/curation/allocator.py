@@ -10,7 +10,7 @@ import ctypes
 from functools import cache
 
 _M_MMAP_THRESHOLD, _M_TRIM_THRESHOLD = -3, -1  # malloc.h
-KEPT = 16 << 20  # bytes up to which a block is kept; larger ones still go back
+KEPT = 4 << 20  # bytes up to which a block is kept; with 16 MiB, the size of Pillow's blocks, threads kept 600 MiB
 SPARE = 32 << 20  # bytes at the end of the heap above which it shrinks
 
 
