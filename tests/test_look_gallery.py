@@ -17,7 +17,7 @@ from PIL import Image
 from vlmflow import pages
 from vlmflow.dataset import shard as shard_module
 from vlmflow.errors import DataError, ServiceError
-from vlmflow.look import cards, pictures, query, static, table
+from vlmflow.look import answers, cards, pictures, query, static, table
 from vlmflow.look.gallery import Gallery
 from vlmflow.look.samples import Samples
 from vlmflow.look.server import GalleryServer
@@ -336,9 +336,9 @@ def test_cards_show_the_layers_that_are_asked_for(world):
 
 def test_a_search_is_made_once_and_forgotten_in_time(world, monkeypatch):
     made: list[str] = []
-    real = query.search
+    real = answers.search
     monkeypatch.setattr(
-        query, "search", lambda con, table, q, name: (made.append(q.text), real(con, table, q, name))[1]
+        answers, "search", lambda con, table, q, name: (made.append(q.text), real(con, table, q, name))[1]
     )
     gallery = world.server.gallery
     for path in (
@@ -371,4 +371,4 @@ def test_a_duplicate_stands_beside_the_sample_that_stays(tmp_path):
 
 def table_rows(manifest, folder):
     with table.open_table(manifest, folder / "scratch").open() as con:
-        return query.rows_of(con, range(24))
+        return answers.rows_of(con, range(24))

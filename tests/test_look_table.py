@@ -9,7 +9,7 @@ import look_world
 import pytest
 
 from vlmflow.errors import DataError, NoSpace
-from vlmflow.look import query, sql, table
+from vlmflow.look import answers, build, query, sql, table
 from vlmflow.look.samples import Samples
 
 
@@ -28,7 +28,7 @@ def small(tmp_path_factory):
 
 def keys(small, text: str) -> list[str]:
     _, made, con = small
-    return [row["key"] for row in query.page(con, made, ask(made, text))]
+    return [row["key"] for row in answers.page(con, made, ask(made, text))]
 
 
 def numbers(small, text: str) -> list[int]:
@@ -59,7 +59,7 @@ def test_filters_by_source_state_reason_error_value_and_text(small):
 
 def test_an_upstream_failure_is_counted_where_it_arose(small):
     _, made, con = small
-    errors = next(f for f in query.facets(con, made, query.Query()) if f.parameter == "error")
+    errors = next(f for f in answers.facets(con, made, query.Query()) if f.parameter == "error")
     assert errors.entries == [("fused: the reply has # words", 2)]
 
 
@@ -81,19 +81,19 @@ def test_pages_are_disjoint_and_complete_whatever_their_size_and_order(small):
 
 def test_a_facet_counts_what_the_other_filters_leave(small):
     _, made, con = small
-    found = {f.parameter: dict(f.entries) for f in query.facets(con, made, ask(made, "state=kept&source=docs"))}
+    found = {f.parameter: dict(f.entries) for f in answers.facets(con, made, ask(made, "state=kept&source=docs"))}
     assert found["state"] == {"kept": 3, "dropped": 5}  # of docs
     assert found["source"] == {"web": 8, "docs": 3}  # of what is kept
-    assert query.count(con, made, ask(made, "state=kept&source=docs")) == 3
+    assert answers.count(con, made, ask(made, "state=kept&source=docs")) == 3
 
 
 def test_a_histogram_counts_every_value_once_and_kept_apart(small):
     _, made, con = small
-    shown = query.histogram(con, made, query.Query(), "ppl.ppl")
+    shown = answers.histogram(con, made, query.Query(), "ppl.ppl")
     assert sum(map(sum, shown["counts"].values())) == shown["count"] == 22 and shown["missing"] == 2
-    assert sum(shown["counts"]["kept"]) == query.count(con, made, ask(made, "state=kept"))
+    assert sum(shown["counts"]["kept"]) == answers.count(con, made, ask(made, "state=kept"))
     assert shown["edges"][0] == 10 and shown["edges"][-1] >= 17
-    whole = query.histogram(con, made, query.Query(), "ppl.tokens")
+    whole = answers.histogram(con, made, query.Query(), "ppl.tokens")
     assert whole["edges"][:3] == [3, 4, 5] and whole["counts"]["kept"][0] == 1
 
 
@@ -147,11 +147,11 @@ def test_the_connection_reads_nothing_but_its_table(small, tmp_path):
 def test_the_table_is_found_again_and_made_whole_or_not_at_all(tmp_path, monkeypatch):
     manifest = look_world.small(tmp_path)
     first = table.open_table(manifest, tmp_path / "scratch")
-    monkeypatch.setattr(table, "_build", None)
+    monkeypatch.setattr(table, "build", None)
     assert table.open_table(manifest, tmp_path / "scratch") == first
     monkeypatch.undo()
     first.path.unlink()
-    monkeypatch.setattr(table, "_describe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(build, "_describe", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         table.open_table(manifest, tmp_path / "scratch")
     assert list((tmp_path / "scratch" / "look").iterdir()) == []
@@ -171,7 +171,7 @@ def test_a_dataset_without_layers_is_shown_by_what_its_samples_say(tmp_path):
     manifest = look_world.small(tmp_path).model_copy(update={"layers": {}})
     made = table.open_table(manifest, tmp_path / "scratch")
     with made.connect() as con:
-        (row,) = query.page(con, made, ask(made, "q=alt text 7"))
+        (row,) = answers.page(con, made, ask(made, "q=alt text 7"))
         assert row["state"] == "undecided" and row["sample.width"] == 96 and row["reason"] is None
 
 
@@ -197,22 +197,22 @@ def test_many_rows_in_bounded_memory(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sql, "MEMORY", "128MB")
         seen: list[int] = []
-        insert = table._insert
+        insert = build._insert
         patch.setattr(
-            table, "_insert", lambda con, batch, first: (seen.append(batch.num_rows), insert(con, batch, first))
+            build, "_insert", lambda con, batch, first: (seen.append(batch.num_rows), insert(con, batch, first))
         )
         made = table.open_table(manifest, tmp_path / "scratch", say=told.append)
-        assert sum(seen) == made.rows == 200_000 and max(seen) <= table.BATCH_ROWS + 10_000
+        assert sum(seen) == made.rows == 200_000 and max(seen) <= build.BATCH_ROWS + 10_000
         assert not made.with_samples and any("186.3 GiB" in text for text in told)  # 20 shards of 10 GB are not fetched
         with made.connect() as con:
             assert con.execute("SELECT current_setting('memory_limit')").fetchall() == [("122.0 MiB",)]
-            lowest = query.page(con, made, ask(made, "sort=ppl.ppl"))
-            highest = query.page(con, made, ask(made, "sort=ppl.ppl&order=desc"))
-            last = query.page(con, made, ask(made, "sort=ppl.ppl&page=4000"))
+            lowest = answers.page(con, made, ask(made, "sort=ppl.ppl"))
+            highest = answers.page(con, made, ask(made, "sort=ppl.ppl&order=desc"))
+            last = answers.page(con, made, ask(made, "sort=ppl.ppl&page=4000"))
             assert len(lowest) == len(highest) == len(last) == 50
             assert [row["key"] for row in last[::-1]] == [row["key"] for row in highest]
             assert lowest[0]["ppl.ppl"] <= lowest[-1]["ppl.ppl"] < highest[-1]["ppl.ppl"]
-            found = {f.parameter: dict(f.entries) for f in query.facets(con, made, query.Query())}
+            found = {f.parameter: dict(f.entries) for f in answers.facets(con, made, query.Query())}
             kept = found["state"]["kept"]
             assert kept + found["state"]["dropped"] == 200_000 and sum(found["source"].values()) == 200_000
             assert found["reason"] == {

@@ -11,8 +11,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vlmflow.curation.inputs import UPSTREAM
-from vlmflow.look.query import RANDOM, Facet, Query
-from vlmflow.look.table import FIXED, SAMPLE, Table
+from vlmflow.look.answers import Facet
+from vlmflow.look.build import FIXED, SAMPLE
+from vlmflow.look.query import RANDOM, Query
+from vlmflow.look.table import Table
 from vlmflow.report.charts import binned, legend
 from vlmflow.report.html import Safe, el, join, tag
 from vlmflow.report.numbers import count, short
@@ -254,7 +256,7 @@ def active(query: Query) -> Safe:
 
 
 def plot(made: Mapping[str, Any], href: Callable[[float, float], str] | None = None) -> Safe:
-    """A histogram of `query.histogram` with what stands beside it; a bar is a link to its range."""
+    """A histogram of `answers.histogram` with what stands beside it; a bar is a link to its range."""
     states = [state for state in _BARS if state in made["counts"]]
     notes = [f"{made['column']}: {count(made['count'])} values"]
     if made["missing"]:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from vlmflow.look.build import FIXED
 from vlmflow.look.sql import answering, attach, quoted
-from vlmflow.look.table import FIXED, Table
+from vlmflow.look.table import Table
 
 if TYPE_CHECKING:
     import duckdb

@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.errors import DataError, VlmflowError
-from vlmflow.look import cards, failed, one, query
+from vlmflow.look import answers, cards, failed, one, query
 from vlmflow.look.pictures import Thumbnails
 from vlmflow.look.style import CSS, SCRIPT
 from vlmflow.report.html import Safe, el, join
@@ -72,7 +72,7 @@ class Gallery:
         q = self._narrowed(q)
         total, facets = self._counted(q)
         con = self._con.cursor()
-        rows = query.page(con, self.table, q)
+        rows = answers.page(con, self.table, q)
         first = (q.page - 1) * q.per + 1
         shown = [
             cards.card(row, self.table, self._picture(row), q, "/sample" + q.url(page=first + i, per=1))
@@ -117,7 +117,7 @@ class Gallery:
         """The page of one sample: the gallery's page of one."""
         q = self._narrowed(replace(q, per=1))
         total, _ = self._counted(q)
-        rows = query.page(self._con.cursor(), self.table, q)
+        rows = answers.page(self._con.cursor(), self.table, q)
         if not rows:
             raise DataError(f"there is no sample {q.page} among the {total} of this question")
         row = rows[0]
@@ -182,21 +182,21 @@ class Gallery:
         with self._search:
             if asked not in self._searches:
                 self._made += 1
-                query.search(self._con, self.table, q, f"hits{self._made}")
+                answers.search(self._con, self.table, q, f"hits{self._made}")
                 self._searches[asked] = f"hits{self._made}"
             self._searches.move_to_end(asked)
             while len(self._searches) > SEARCHES:
                 self._con.execute(f"DROP TABLE {self._searches.popitem(last=False)[1]}")
             return replace(q, hits=self._searches[asked])
 
-    def _counted(self, q: query.Query) -> tuple[int, list[query.Facet]]:
-        def measure(con: Any) -> tuple[int, list[query.Facet]]:
-            return query.count(con, self.table, q), query.facets(con, self.table, q)
+    def _counted(self, q: query.Query) -> tuple[int, list[answers.Facet]]:
+        def measure(con: Any) -> tuple[int, list[answers.Facet]]:
+            return answers.count(con, self.table, q), answers.facets(con, self.table, q)
 
         return self._remembered(q.filters(), measure)
 
     def _histogram(self, q: query.Query) -> dict[str, Any]:
-        return self._remembered((q.filters(), q.sort), lambda con: query.histogram(con, self.table, q, q.sort))
+        return self._remembered((q.filters(), q.sort), lambda con: answers.histogram(con, self.table, q, q.sort))
 
     def _remembered(self, asked: Any, measure: Callable[[Any], Any]) -> Any:
         """What was counted for a question before: turning a page counts nothing again."""
@@ -224,7 +224,7 @@ class Gallery:
         )
 
     def _row(self, n: int) -> dict[str, Any]:
-        rows = query.rows_of(self._con.cursor(), [n]) if 0 <= n < self.table.rows else []
+        rows = answers.rows_of(self._con.cursor(), [n]) if 0 <= n < self.table.rows else []
         if not rows:
             raise DataError(f"there is no sample number {n}; the dataset has {self.table.rows}, from 0")
         return rows[0]

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.errors import VlmflowError
-from vlmflow.look import cards, failed, query
+from vlmflow.look import answers, cards, failed, query
+from vlmflow.look.build import SAMPLE, sample_facts
 from vlmflow.look.pictures import thumbnail
 from vlmflow.look.samples import Samples
 from vlmflow.look.style import CSS
-from vlmflow.look.table import SAMPLE, Column, Table, open_table, sample_facts
+from vlmflow.look.table import Column, Table, open_table
 from vlmflow.report.html import Safe, el, join, tiles
 from vlmflow.report.numbers import count, percent
 
@@ -66,14 +67,14 @@ def body(
 ) -> Safe:
     """The file's content without its frame, for pages that hold more."""
     sort = asked.sort if asked.sort not in ("n", query.RANDOM) else _column(table)
-    total, facets = query.count(con, table, asked), query.facets(con, table, asked)
+    total, facets = answers.count(con, table, asked), answers.facets(con, table, asked)
     parts: list[Any] = [el("p", query.described(asked), cls="lead"), _counts(facets, total, table)]
     own = {c.name: c for c in (Column(f"{SAMPLE}.{name}", "text") for name in ("text", "talk"))}
     shown_as = replace(table, columns={**own, **table.columns})
     groups: list[tuple[str, Query]] = []
     if sort:
         if table.columns[sort].kind == "number":
-            parts.append(el("div", cards.plot(query.histogram(con, table, asked, sort)), cls="plot"))
+            parts.append(el("div", cards.plot(answers.histogram(con, table, asked, sort)), cls="plot"))
         ends = [(f"Lowest {sort}", "asc"), (f"Highest {sort}", "desc")]
         groups += [(title, replace(asked, sort=sort, order=order, page=1, per=each)) for title, order in ends]
     else:
@@ -93,7 +94,7 @@ def body(
                 )
             )
     for title, q in groups:
-        rows = query.page(con, table, q)
+        rows = answers.page(con, table, q)
         if not table.with_samples:
             rows = [row | _own(row, samples) for row in rows]
         shown = [cards.card(row, shown_as, _picture(row, samples), q) for row in rows]
@@ -117,7 +118,7 @@ def _column(table: Table, layer: str | None = None) -> str | None:
     return next((name for name in (*PREFERRED, *scores, *numbers) if name in numbers and name != "keep.rank"), None)
 
 
-def _counts(facets: Sequence[query.Facet], total: int, table: Table) -> Safe:
+def _counts(facets: Sequence[answers.Facet], total: int, table: Table) -> Safe:
     found = {facet.parameter: facet.entries for facet in facets}
     figures = [("samples", count(total), f"of {count(table.rows)}" if total != table.rows else "")]
     figures += [

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vlmflow.look import query
+from vlmflow.look import answers, query
+from vlmflow.look.build import FIXED
 from vlmflow.look.sql import kind_sql, quoted
 from vlmflow.look.summary import sources
-from vlmflow.look.table import FIXED, Column, Table
+from vlmflow.look.table import Column, Table
 from vlmflow.report.numbers import short
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def number(con: duckdb.DuckDBPyConnection, table: Table, column: Column) -> dict
     return {
         "mean": mean, "deviation": deviation, "min": low, "max": high,
         "quantiles": {f"{q:g}": v for q, v in zip(QUANTILES, quantiles, strict=True)},
-        "histogram": query.histogram(con, table, query.Query(), column.name),
+        "histogram": answers.histogram(con, table, query.Query(), column.name),
         "by_source": {source: {"count": n, "mean": m, "median": half} for source, n, m, half in by},
     }  # fmt: skip
 
