@@ -49,7 +49,7 @@ TITLES = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--rounds", type=int, help="17 pages each; default 3, with --quick 1")
+    parser.add_argument("--rounds", type=int, help="32 pages each; default 2, with --quick 1")
     parser.add_argument("--passes", type=int, help="passes of each contender; default 2, with --quick 1")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.child:
         child(arguments.child, arguments.folder)
         sys.exit(0)
-    rounds = arguments.rounds or (1 if arguments.quick else 3)
+    rounds = arguments.rounds or (1 if arguments.quick else 2)
     passes = arguments.passes or (1 if arguments.quick else 2)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)

@@ -40,15 +40,15 @@ class Kind:
     lines: int = 0
     columns: int = 1
     paper: bool = False
-    share: int = 1  # pages of this kind in every round
+    share: int = 1  # pages of this kind in every round: photos outnumber documents, as on the web
 
 
 KINDS = (
-    Kind("textless photo", (640, 480), share=4),
-    Kind("textless photo, large", (1280, 853), share=2),
-    Kind("photo, 3 lines", (800, 600), font=30, lines=3, share=4),
-    Kind("photo, 2 lines, portrait", (720, 1080), font=44, lines=2, share=2),
-    Kind("banner", (468, 120), font=26, lines=2, share=3),
+    Kind("textless photo", (640, 480), share=8),
+    Kind("textless photo, large", (1280, 853), share=4),
+    Kind("photo, 3 lines", (800, 600), font=30, lines=3, share=8),
+    Kind("photo, 2 lines, portrait", (720, 1080), font=44, lines=2, share=4),
+    Kind("banner", (468, 120), font=26, lines=2, share=6),
     Kind("A4-like page", (1240, 1754), font=27, lines=38, paper=True),
     Kind("dense page, two columns", (1240, 1754), font=20, lines=56, columns=2, paper=True),
 )
