@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +220,9 @@ class _Bench:
             versions["img2dataset"] = subprocess.run(
                 [str(python), "-c", text], capture_output=True, text=True
             ).stdout.strip()
-        for name in ("aiohttp", "Pillow"):
+        for name in ("aiohttp", "Pillow", "uvloop"):
             import importlib.metadata
 
-            versions[name] = importlib.metadata.version(name)
+            with suppress(importlib.metadata.PackageNotFoundError):  # uvloop is used where it is installed
+                versions[name] = importlib.metadata.version(name)
         return versions

@@ -9,13 +9,11 @@ length, row filters) proves more than a decode. Neither holds the pixels: a 50-m
 
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 from functools import lru_cache
 
-_SCAN_END = re.compile(rb"\xff[^\x00\xff]")
-_SCAN_END_RESTARTS = re.compile(rb"\xff[^\x00\xff\xd0-\xd7]")
+_RESTARTS = range(0xD0, 0xD8)
 _MCU_BLOCKS = 10  # of an interleaved scan (ITU-T T.81, B.2.3)
 _INFLATED = 1 << 20  # bytes inflated at a time
 _CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by PNG colour type
@@ -66,10 +64,10 @@ class _Jpeg:
             if marker == 0xDA:
                 if not self.scan(body):
                     return False
-                end = (_SCAN_END_RESTARTS if self.restarts else _SCAN_END).search(data, place)
-                if end is None or end.start() == place:
+                end = _scan_end(data, place, bool(self.restarts))
+                if end <= place:
                     return False
-                place = end.start()
+                place = end
             elif 0xE0 <= marker <= 0xEF:
                 self.noted |= marker not in (0xE0, 0xE2, 0xEE) or body[:4] == b"MPF\0"
             elif marker != 0xFE and not self.table(marker, body):
@@ -128,6 +126,20 @@ class _Jpeg:
             self.scanned |= set(chosen)
             return True
         return count == 1 and chosen[0] in self.scanned and 16 + (tables[0] & 15) in self.huffman
+
+
+def _scan_end(data: bytes, place: int, restarts: bool) -> int:
+    """Where the marker after a scan's data stands, -1 for nowhere; 0xff 0x00 is data, and so are restart marks."""
+    find = data.find  # by its own loop, which takes two thirds of a regular expression's time
+    while (place := find(b"\xff", place)) >= 0:
+        after = data[place + 1]
+        if not after:
+            place += 2
+        elif after == 0xFF or (restarts and after in _RESTARTS):
+            place += 1
+        else:
+            break
+    return place
 
 
 @lru_cache(256)

@@ -21,13 +21,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.adopt import Adopter
-from vlmflow.curation.allocator import keep_buffers
+from vlmflow.curation.allocator import few_collections, keep_buffers
 from vlmflow.curation.bucket import Bucket
 from vlmflow.curation.cells import Cells
 from vlmflow.curation.fetch import Fetcher
 from vlmflow.curation.fetch_limits import Limits
 from vlmflow.curation.first_seen import FirstSeen
 from vlmflow.curation.judges import Judges
+from vlmflow.curation.loop import run_loop
 from vlmflow.curation.pull_shard import Plan, Result, ShardPuller
 from vlmflow.curation.pull_tally import Tally
 from vlmflow.curation.table import Row, Table, check_columns, columns_of, count_rows, localize, read_rows
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 VERSION = 1  # raise when the same rows and limits would give other shards
 AHEAD = 3  # shards in flight, so that a slow row of one does not idle the connections
 JUDGES = 4  # threads that check images; Pillow releases the interpreter lock while it decodes
+PATIENCE = 8  # images that wait before a second thread starts, where most are checked by their structure alone
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class _Pulling:
                 if source.tars:
                     self._adopt(source, first, last)
                 else:
-                    asyncio.run(self._source(source, first, last))
+                    with few_collections():
+                        run_loop(self._source(source, first, last))
             if final:
                 self.tally.check(final=True)
                 for result in self.results:
@@ -233,11 +236,12 @@ class _Pulling:
         tasks: dict[int, asyncio.Task[Result]] = {}  # by shard; a finished one serves rows that share images
         waiting: list[asyncio.Task[Result]] = []
         threads = min(JUDGES, (os.cpu_count() or 1) + 1)
-        with ThreadPoolExecutor(threads, thread_name_prefix="pull") as pool:
+        patience = PATIENCE if pull.proof == "structure" and pull.resize is None else 0
+        with ThreadPoolExecutor(threads, "pull") as pool, ThreadPoolExecutor(AHEAD, "pull-shard") as shard_pool:
             async with _images(source, pull, self.work) as fetcher:
                 rows_of = self._rows(source, first, last, fetcher if isinstance(fetcher, Cells) else None)
                 plans = _plans(_counted(rows_of, seen), source.name, pull.samples_per_shard, params, urls)
-                judges = Judges(pool, threads)
+                judges, clerks = Judges(pool, threads, patience), Judges(shard_pool, AHEAD)
                 puller = ShardPuller(
                     self.ctx.root,
                     source.name,
@@ -246,6 +250,7 @@ class _Pulling:
                     self.work,
                     fetcher.get,
                     judges,
+                    clerks,
                     self._advance(fetcher),
                 )
                 self._pullers.append(puller)

@@ -118,7 +118,8 @@ class ShardPuller:
     settings: Any  # recipe.pull
     scratch: Path
     get: Get
-    judges: Judges
+    judges: Judges  # of images
+    clerks: Judges  # of whole shards, which may wait for a store
     advance: Callable[[int], None]
     spools: dict[str, Spool] = field(default_factory=dict)  # of the shards in progress
     readers: dict[str, tuple[ShardReader, dict[str, dict[str, Any]]]] = field(default_factory=dict)
@@ -128,13 +129,13 @@ class ShardPuller:
         """The finished shard of a plan. `earlier` holds the tasks of the shards before it, by index (for images that rows
         share)."""
         uri = storage.join(self.root, "shards", f"{plan.name}.tar")
-        found = await self.judges(_finished, uri)
+        found = await self.clerks(_finished, uri)
         if found and not found.doubted:
-            await self.judges(discard, self.scratch / plan.name)
+            await self.clerks(discard, self.scratch / plan.name)
             self.advance(len(plan.rows))
             return found
-        before = await self.judges(_readable, found) if found else None
-        spool = self.spools[plan.name] = await self.judges(Spool, self.scratch / plan.name)
+        before = await self.clerks(_readable, found) if found else None
+        spool = self.spools[plan.name] = await self.clerks(Spool, self.scratch / plan.name)
         wanted: dict[str, int] = {}  # URL -> rows of which it is the last one
         keys: dict[str, str] = {}  # URL -> first row that has it
         for row in plan.rows:
@@ -163,7 +164,7 @@ class ShardPuller:
         try:
             await asyncio.gather(*tasks.values())
             verdicts = {url: task.result() for url, task in tasks.items()}
-            result: Result = await self.judges(self._write, plan, uri, spool, verdicts, found is not None)
+            result: Result = await self.clerks(self._write, plan, uri, spool, verdicts, found is not None)
         finally:
             for task in tasks.values():
                 task.cancel()

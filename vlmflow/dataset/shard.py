@@ -25,6 +25,7 @@ from vlmflow.errors import DataError
 from vlmflow.storage_file import write_atomically
 
 INDEX_SUFFIX = ".idx.json"
+BLOCK = 512 << 10  # bytes written at a time: each write and hash hands the interpreter's lock over
 
 
 class Written(NamedTuple):
@@ -52,12 +53,23 @@ def write_tar(path: str | Path, samples: Iterable[Sample]) -> Written:
 
     def fill(file: Any) -> None:
         nonlocal size
+        pending: list[bytes] = []
+        flushed = 0
 
         def put(data: bytes) -> None:
             nonlocal size
-            file.write(data)
-            sha256.update(data)
+            pending.append(data)
             size += len(data)
+            if size - flushed >= BLOCK:
+                flush()
+
+        def flush() -> None:
+            nonlocal flushed
+            block = b"".join(pending)
+            file.write(block)
+            sha256.update(block)
+            pending.clear()
+            flushed = size
 
         for sample in samples:
             if sample.key in index or not sample.key or set("./") & set(sample.key):
@@ -73,6 +85,7 @@ def write_tar(path: str | Path, samples: Iterable[Sample]) -> Written:
                 put(bytes(-len(data) % tarfile.BLOCKSIZE))
         put(bytes(2 * tarfile.BLOCKSIZE))
         put(bytes(-size % tarfile.RECORDSIZE))
+        flush()
 
     temporary_index = path.with_name(path.name + INDEX_SUFFIX)
     unsealed = path.with_name(path.name + ".unsealed")
