@@ -47,10 +47,7 @@ done
 inside services -- python -m services.bootstrap --help >/dev/null
 inside services -- python -m services.promoter --help >/dev/null
 inside services -- python -c 'import boto3, psycopg2'  # MLflow's artifacts in S3, its tables in Postgres
-inside services --tmpfs /var/lib/mlflow:rw,mode=1777 -- sh -c '
-  MLFLOW_BACKEND_STORE_URI=sqlite:////var/lib/mlflow/runs.db MLFLOW_AUTH_DATABASE_URI=sqlite:////var/lib/mlflow/users.db \
-  MLFLOW_AUTH_ADMIN_USERNAME=admin MLFLOW_AUTH_ADMIN_PASSWORD=$(head -c 18 /dev/urandom | base64) \
-  MLFLOW_FLASK_SERVER_SECRET_KEY=$(head -c 18 /dev/urandom | base64) python -m services.mlflow_server migrate'
+inside services --tmpfs /var/lib/mlflow:rw,mode=1777 -- python /checks/servers.py
 inside data -- vlmflow compile --to /tmp/compiled
 inside data -- python -c 'from vlmflow.curation import caption, fuse, keep, pull; from vlmflow.registry import run'
 inside ocr -- python /checks/read_text.py
