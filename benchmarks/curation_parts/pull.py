@@ -98,7 +98,8 @@ class _Bench:
                 "versions": self.versions()}  # fmt: skip
 
     def faults(self, good: list[str]) -> None:
-        large = max(self.paths, key=lambda path: path.stat().st_size).name  # not done before the deadline at either rate
+        # of the largest picture: not done before the deadline at either rate
+        large = max(self.paths, key=lambda path: path.stat().st_size).name
         drips = [f"{self.server}/drip/{rate}/{large}/{i}" for i in range(5) for rate in (500, 1500)]
         for name, bad in (("8 endless", [f"{self.server}/endless/{i}" for i in range(8)]), ("10 drips", drips)):
             table = self.table(name.replace(" ", "-"), [*good[:100], *bad, *good[100:200]])
