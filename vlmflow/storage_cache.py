@@ -61,7 +61,7 @@ def trim(folder: Path, limit: int | None = None, grace: float = GRACE) -> list[s
     for used, size, path in sorted(files):
         if excess <= 0 or now - used < grace:
             break
-        if _remove(path):
+        if remove_unheld(path):
             removed.append(path.name)
             excess -= size
     return removed
@@ -89,8 +89,8 @@ def _files(folder: Path) -> list[tuple[float, int, Path]]:
     return found
 
 
-def _remove(path: Path) -> bool:
-    """Remove a file that nobody holds."""
+def remove_unheld(path: Path) -> bool:
+    """Remove a file unless somebody holds it; whether it is gone by this call."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:

@@ -25,7 +25,7 @@ from contextlib import contextmanager, suppress
 from io import FileIO
 from pathlib import Path
 
-from vlmflow import storage
+from vlmflow import storage, storage_cache
 from vlmflow.dataset.fetch import FLIGHTS, PART, Stopped, fetch, retried
 from vlmflow.dataset.manifest import ShardRef
 from vlmflow.dataset.shard import ShardReader
@@ -268,7 +268,7 @@ class Window:
                 if self._abandoned(path.with_suffix(".lock")):
                     path.unlink(missing_ok=True)
                     used -= size
-            elif used + needed > self.limit and self._unlink_unused(path):
+            elif used + needed > self.limit and storage_cache.remove_unheld(path):
                 used -= size
 
     @staticmethod
@@ -280,21 +280,6 @@ class Window:
             return True
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
-        finally:
-            os.close(file)
-
-    @staticmethod
-    def _unlink_unused(path: Path) -> bool:
-        try:
-            file = os.open(path, os.O_RDONLY)
-        except FileNotFoundError:
-            return False
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink(missing_ok=True)
             return True
         except BlockingIOError:
             return False
