@@ -20,21 +20,10 @@ from vlmflow.errors import NotFound
 from vlmflow.storage_s3 import s3_store
 
 
-@pytest.fixture(scope="module")
-def moto():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
 @pytest.fixture
 def bucket(moto, monkeypatch, tmp_path, request):
-    monkeypatch.setenv("VLMFLOW_S3_ENDPOINT", moto)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing-key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing-secret")
+    for name, value in moto.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("VLMFLOW_SCRATCH", str(tmp_path / "scratch"))
     name = "b" + "".join(c for c in request.node.name if c.isalnum())[:40].lower()
     s3_store().make_bucket(name)

@@ -24,21 +24,6 @@ ROWS = 20
 
 
 @pytest.fixture(scope="module")
-def moto():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield {
-        "VLMFLOW_S3_ENDPOINT": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-    }
-    server.stop()
-
-
-@pytest.fixture(scope="module")
 def rclone(tmp_path_factory):
     state = tmp_path_factory.mktemp("s3") / "state"
     yield local_stack.environment(local_stack.up(state, services=["s3"]))

@@ -21,22 +21,6 @@ def rclone(tmp_path_factory):
     local_stack.down(state)
 
 
-@pytest.fixture(scope="module")
-def moto():
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield {
-        "VLMFLOW_S3_ENDPOINT": f"http://{host}:{port}",
-        "AWS_ACCESS_KEY_ID": "testing-key",
-        "AWS_SECRET_ACCESS_KEY": "testing-secret",
-        "AWS_REGION": "us-east-1",
-    }
-    server.stop()
-
-
 @pytest.fixture(params=["rclone", "moto"])
 def root(request, monkeypatch, tmp_path):
     """A fresh bucket's URI on each server, with the environment that leads there."""

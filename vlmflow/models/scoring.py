@@ -58,11 +58,6 @@ class Encoded:
     digests: list[bytes]
 
     @property
-    def tile_count(self) -> int:
-        """Tiles of all its images."""
-        return sum(len(tiles) for tiles in self.tiles)
-
-    @property
     def nbytes(self) -> int:
         """Bytes of memory that it holds."""
         return sum(tiles.nbytes for tiles in self.tiles) + 10 * len(self.ids)

@@ -22,8 +22,6 @@ from vlmflow.recipe.model import ModelSpec
 from vlmflow.recipe.results import EvaluationSpec, ExportSpec, RegistrySpec, SoupSpec
 from vlmflow.recipe.stage import StageSpec
 
-STAGE_DATASETS = "stages, bootstrap and soup.candidates"
-
 
 class Recipe(Section):
     """A whole training run, from tables of URLs to an exported model."""
