@@ -79,7 +79,7 @@ def test_the_tile_limit_of_a_benchmark_reaches_the_model(
 
     def counted(self: inference.VLM, *args: Any) -> Any:
         found = encode(self, *args)
-        counts.append(found.tile_count)
+        counts.append(sum(len(tiles) for tiles in found.tiles))
         return found
 
     monkeypatch.setattr(inference.VLM, "_encode", counted)
