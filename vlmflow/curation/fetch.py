@@ -5,7 +5,7 @@ claim to be JPEGs, redirects into the cluster. Measured on img2dataset (spec/dat
 gigabytes, hours or a hang. Here a URL has one total deadline over all its attempts, a limit for the first byte and one
 for the rate, a byte cap that holds also for compressed bodies, a redirect limit with the address guard at every hop, and
 a bounded number of retries; the answer is a value, never an exception, so that a caller can count reasons row by row.
-Bodies that are not small wait on disk, so memory does not grow with what servers send.
+Bodies that are not small wait on disk where many wait, so memory does not grow with what servers send.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ from vlmflow.curation.hosts import Hosts, Slots, retry_after
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
 BUSY = frozenset({"http_429", "http_503"})  # the host asks to be left alone for a while
-IN_MEMORY = 16 << 20  # bytes of bodies in memory over all open requests; the rest of each waits on disk
+IN_MEMORY = (
+    16 << 20
+)  # bytes of bodies in memory over all open requests, above which a body beyond its share goes to disk
 TICK = 0.2  # seconds between looks at the clocks
 STEP = 64 << 10  # bytes of a compressed body that are unpacked at a time
 
@@ -40,7 +42,7 @@ class Fetcher:
     """An asyncio HTTP client for many URLs: `async with Fetcher(limits) as f: result = await f.get(url)`.
 
     Args:
-        folder: where bodies above a few hundred kB wait, as files without a name; None = the system's temp folder.
+        folder: where large bodies may wait, as files without a name; None = the system's temp folder.
     """
 
     limits: Limits = field(default_factory=Limits)
@@ -59,7 +61,8 @@ class Fetcher:
         self._hosts = Hosts(limits.per_host, limits.dead_after)
         self._slots = Slots(limits.concurrency)
         self._robots = Robots(self._plain, limits.agent) if limits.robots_txt else None
-        self._held = max(16 << 10, min(256 << 10, IN_MEMORY // limits.concurrency))
+        self._waiting = 0  # bytes of bodies in memory
+        self._share = max(16 << 10, min(256 << 10, IN_MEMORY // limits.concurrency))  # of them that any body may have
         self._session = aiohttp.ClientSession(
             connector=connector(limits.allow_hosts),
             headers={"User-Agent": limits.user_agent, "Accept": "image/*,*/*;q=0.5", "Accept-Encoding": "identity"},
@@ -67,7 +70,7 @@ class Fetcher:
             auto_decompress=False,
             cookie_jar=aiohttp.DummyCookieJar(),
             trust_env=False,
-            read_bufsize=self._held,
+            read_bufsize=self._share,
         )
         return self
 
@@ -107,10 +110,14 @@ class Fetcher:
                         spent += time.monotonic() - start
                     else:
                         host.answered()
-                        if use is None:
-                            return Fetched(url, body)
-                        with body:
-                            return Fetched(url, used=await use(body))
+                        held = _in_memory(body)
+                        try:
+                            if use is None:
+                                return Fetched(url, body)
+                            with body:
+                                return Fetched(url, used=await use(body))
+                        finally:
+                            self._waiting -= held
             host.failed(failure.connecting)
             tries += 1
             wait = failure.wait
@@ -131,6 +138,7 @@ class Fetcher:
         """(reason or None, body) of one attempt that counts as no open request: for robots.txt."""
         try:
             with await self._attempt(url, self.limits.timeout, robots=False) as body:
+                self._waiting -= _in_memory(body)
                 body.seek(0)
                 return None, body.read(STEP * 8)
         except Failure as error:
@@ -242,15 +250,17 @@ class Fetcher:
             clock.body()
             async for chunk in response.content.iter_any():
                 for piece in (chunk,) if unzip is None else _unpacked(unzip, chunk, encoding):
-                    size += len(piece)
-                    if size > limits.max_bytes:
+                    if size + len(piece) > limits.max_bytes:
                         raise too_large
+                    size += len(piece)
                     if file is not None:
                         file.write(piece)
                     else:
                         pieces.append(piece)
-                        if size > self._held:
+                        self._waiting += len(piece)
+                        if size > self._share and self._waiting > IN_MEMORY:
                             file = TemporaryFile(dir=self._folder)  # noqa: SIM115
+                            self._waiting -= size
                             file.writelines(pieces)
                             pieces.clear()
                 clock.size = size
@@ -259,9 +269,16 @@ class Fetcher:
         except BaseException:
             if file is not None:
                 file.close()
+            else:
+                self._waiting -= size
             raise
         self.bytes += size
         return file or io.BytesIO(b"".join(pieces))
+
+
+def _in_memory(body: IO[bytes]) -> int:
+    """Bytes that a body holds in memory."""
+    return body.seek(0, io.SEEK_END) if isinstance(body, io.BytesIO) else 0
 
 
 def _unpacked(unzip: Any, chunk: bytes, encoding: str) -> Iterator[bytes]:
