@@ -31,7 +31,17 @@ from vlmflow.curation.judges import Judges
 from vlmflow.curation.loop import run_loop
 from vlmflow.curation.pull_shard import Plan, Result, ShardPuller
 from vlmflow.curation.pull_tally import Tally
-from vlmflow.curation.table import Row, Table, check_columns, columns_of, count_rows, localize, read_rows
+from vlmflow.curation.table import (
+    Columns,
+    Row,
+    Table,
+    check_columns,
+    columns_of,
+    count_rows,
+    localize,
+    read_rows,
+    read_urls,
+)
 from vlmflow.curation.tar_stream import expand
 from vlmflow.dataset.manifest import Lineage, Manifest, save
 from vlmflow.digest import canonical, digest
@@ -239,8 +249,8 @@ class _Pulling:
         patience = PATIENCE if pull.proof == "structure" and pull.resize is None else 0
         with ThreadPoolExecutor(threads, "pull") as pool, ThreadPoolExecutor(AHEAD, "pull-shard") as shard_pool:
             async with _images(source, pull, self.work) as fetcher:
-                rows_of = self._rows(source, first, last, fetcher if isinstance(fetcher, Cells) else None)
-                plans = _plans(_counted(rows_of, seen), source.name, pull.samples_per_shard, params, urls)
+                rows = read_rows(*self._part(source, first, last), fetcher if isinstance(fetcher, Cells) else None)
+                plans = _plans(_counted(rows, seen), source.name, pull.samples_per_shard, params, urls)
                 judges, clerks = Judges(pool, threads, patience), Judges(shard_pool, AHEAD)
                 puller = ShardPuller(
                     self.ctx.root,
@@ -271,17 +281,18 @@ class _Pulling:
                     self.results += [result for result in left if isinstance(result, Result)]
         self.duplicates += seen.seal().repeats
 
-    def _rows(self, source: Source, first: int, last: int, cells: Cells | None = None) -> Iterator[Row]:
+    def _part(self, source: Source, first: int, last: int) -> tuple[Table, Columns, str, int, int]:
+        """What reads the rows of shards `first` to `last`."""
         size, field = self.ctx.recipe.pull.samples_per_shard, f"data.{self.dataset}.sources.{source.name}"
         assert source.table is not None
-        return read_rows(source.table, columns_of(source.spec), field, first * size, last * size, cells)
+        return source.table, columns_of(source.spec), field, first * size, last * size
 
     def _look(self, source: Source, first: int, last: int) -> FirstSeen:
         """URLs that repeat: a first pass over the table, unless its images lie in it."""
         urls = FirstSeen(self.work)
-        for row in self._rows(source, first, last) if not source.spec.image_column else ():
-            for url in row.addresses:
-                urls.add(url.encode("utf-8", "surrogatepass"), row.index)
+        for row, found in read_urls(*self._part(source, first, last)) if not source.spec.image_column else ():
+            for url in found:
+                urls.add(url.encode("utf-8", "surrogatepass"), row)
         return urls.seal()
 
     def _advance(self, fetcher: Fetcher | Bucket | Cells) -> Any:

@@ -32,6 +32,7 @@ __all__ = [
     "count_rows",
     "localize",
     "read_rows",
+    "read_urls",
     "row_of",
 ]
 
@@ -131,6 +132,15 @@ def read_rows(
     found = table_records.records(table, start, stop, [columns.image] if columns.image else [])
     for index, record in enumerate(found, start):
         yield row_of(index, record, columns, named, cells)
+
+
+def read_urls(
+    table: Table, columns: Columns, field_name: str, start: int = 0, stop: int | None = None
+) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """Index and URLs of rows `start` to `stop`, without their other columns; raises what `read_rows` raises."""
+    if (name := _present(table, columns, field_name).url) is not None:
+        for index, record in enumerate(table_records.records(table, start, stop, only=[name]), start):
+            yield index, _urls(record.get(name))
 
 
 def check_columns(table: Table, columns: Columns, field_name: str) -> None:

@@ -41,9 +41,14 @@ def columns(table: Table) -> list[str]:
 
 
 def records(
-    table: Table, start: int = 0, stop: int | None = None, images: Collection[str] = ()
+    table: Table,
+    start: int = 0,
+    stop: int | None = None,
+    images: Collection[str] = (),
+    only: Collection[str] | None = None,
 ) -> Iterator[Mapping[str, Any]]:
-    """Rows `start` to `stop` of a table. Binary columns are left out, except those named in `images`."""
+    """Rows `start` to `stop` of a table. Binary columns are left out, except those named in `images`; of `only` some columns
+    no other is read where the format allows it."""
     if not table.parquet:
         for number, record in enumerate(_text_records(table.files[0])):
             if stop is not None and number >= stop:
@@ -57,17 +62,18 @@ def records(
         end = first + file.metadata.num_rows
         if end > start and (stop is None or first < stop):
             yield from _parquet_records(
-                file, name, max(start - first, 0), None if stop is None else stop - first, images
+                file, name, max(start - first, 0), None if stop is None else stop - first, images, only
             )
         first = end
 
 
 def _parquet_records(
-    file: Any, name: str, start: int, stop: int | None, images: Collection[str]
+    file: Any, name: str, start: int, stop: int | None, images: Collection[str], only: Collection[str] | None
 ) -> Iterator[Mapping[str, Any]]:
     import pyarrow as pa
 
     wanted = [f.name for f in file.schema_arrow if f.name in images or not _binary(f.type)]
+    wanted = [name for name in wanted if only is None or name in only]
     groups, first = [], 0
     for group in range(file.metadata.num_row_groups):
         length = file.metadata.row_group(group).num_rows
