@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,8 @@ class Spool:
         self._refused: IO[str] | None = None
         self.found: dict[str, Spooled | tuple[str, str]] = {}
         self._end = self._read_images()
-        self._images.truncate(self._end)
+        if self._images.seek(0, os.SEEK_END) > self._end:  # ext4 writes a file that was emptied to disk as it is closed
+            self._images.truncate(self._end)
         self._read_refused()
 
     def _read_images(self) -> int:
@@ -133,6 +134,9 @@ class Images(Sequence[bytes]):
 
     def __getitem__(self, place: Any) -> Any:
         return self._spool.read(self._images[place])
+
+    def __iter__(self) -> Iterator[bytes]:
+        return map(self._spool.read, self._images)
 
 
 def discard(folder: Path) -> None:
