@@ -14,13 +14,16 @@ def canonical(obj: Any) -> bytes:
     Raises:
         TypeError: for values JSON cannot hold (a set, a tensor, a path).
     """
-    return json.dumps(obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain).encode()
+    return _CANONICAL.encode(obj).encode()
 
 
 def _plain(value: Any) -> Any:
     if hasattr(value, "model_dump"):
         return value.model_dump(mode="json")
     raise TypeError(f"a {type(value).__name__} has no canonical JSON form and cannot be part of a digest")
+
+
+_CANONICAL = json.JSONEncoder(sort_keys=True, separators=(",", ":"), ensure_ascii=False, default=_plain)
 
 
 def digest(obj: Any) -> str:

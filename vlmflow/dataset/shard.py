@@ -100,20 +100,22 @@ def write_tar(path: str | Path, samples: Iterable[Sample]) -> Written:
 
 def _header(name: str, size: int) -> bytes:
     """The tar header of a plain file; by hand for short names, which saves a tenth of a pull's time."""
-    entry = tarfile.TarInfo(name)
-    entry.size = size
     if len(name) >= tarfile.LENGTH_NAME or not name.isascii() or size >= 8**11:
+        entry = tarfile.TarInfo(name)
+        entry.size = size
         return entry.tobuf(tarfile.USTAR_FORMAT)
-    before, after = _template()
-    head = before % (name.encode().ljust(tarfile.LENGTH_NAME, b"\0"), size)
-    return head + b"%06o\0" % (sum(head) + sum(after) + 7 * 32) + after
+    header, others = _template()
+    field, octal = name.encode(), b"%011o" % size
+    return header % (field.ljust(tarfile.LENGTH_NAME, b"\0"), octal, sum(field) + sum(octal) + others)
 
 
 @cache
-def _template() -> tuple[bytes, bytes]:
-    """What stands around name and size, and after the checksum, in any header that `tarfile` writes here."""
+def _template() -> tuple[bytes, int]:
+    """Any header that `tarfile` writes here, with places for name, size and checksum, and the sum of its other bytes (the
+    checksum's own field counts as spaces)."""
     plain = tarfile.TarInfo("").tobuf(tarfile.USTAR_FORMAT)
-    return b"%b" + plain[100:124] + b"%011o\0" + plain[136:148], plain[155:]
+    parts = plain[100:124], plain[135:148], plain[155:]
+    return b"%b" + parts[0] + b"%b" + parts[1] + b"%06o\0" + parts[2], sum(b"".join(parts)) + 7 * 32
 
 
 def _members(sample: Sample) -> Iterator[tuple[str, bytes]]:
