@@ -89,18 +89,12 @@ class _Jpeg:
         return marker in (0xC0, 0xC1, 0xC2) and not self.parts and self.frame(marker, body)
 
     def frame(self, marker: int, body: bytes) -> bool:
-        precision, height, width, count = struct.unpack(">BHHB", body[:6])
-        if precision != 8 or not height or not width or count not in (1, 3, 4) or len(body) != 6 + 3 * count:
+        precision, height, width = struct.unpack(">BHH", body[:5])
+        parts = _components(body[5:])
+        if precision != 8 or not height or not width or parts is None:
             return False
-        for at in range(6, len(body), 3):
-            self.parts[body[at]] = (body[at + 1] >> 4, body[at + 1] & 15, body[at + 2])
-        self.size = (width, height)
-        across, down = (max(part[i] for part in self.parts.values()) for i in (0, 1))
-        self.progressive = marker == 0xC2
-        return len(self.parts) == count and all(
-            h in (1, 2, 4) and v in (1, 2, 4) and not across % h and not down % v and table < 4
-            for h, v, table in self.parts.values()
-        )
+        self.parts, self.size, self.progressive = parts, (width, height), marker == 0xC2
+        return True
 
     def scan(self, body: bytes) -> bool:
         """A scan header whose components and tables exist."""
@@ -140,6 +134,20 @@ def _scan_end(data: bytes, place: int, restarts: bool) -> int:
         else:
             break
     return place
+
+
+@lru_cache(256)
+def _components(body: bytes) -> dict[int, tuple[int, int, int]] | None:
+    """Components of a frame header, from their count on; by number: sampling across, down, quantizer."""
+    if body[0] not in (1, 3, 4) or len(body) != 1 + 3 * body[0]:
+        return None
+    parts = {body[at]: (body[at + 1] >> 4, body[at + 1] & 15, body[at + 2]) for at in range(1, len(body), 3)}
+    across, down = (max(part[i] for part in parts.values()) for i in (0, 1))
+    usual = all(
+        h in (1, 2, 4) and v in (1, 2, 4) and not across % h and not down % v and table < 4
+        for h, v, table in parts.values()
+    )
+    return parts if usual and len(parts) == body[0] else None
 
 
 @lru_cache(256)
