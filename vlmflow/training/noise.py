@@ -6,7 +6,7 @@ evaluation, in reference passes or in what is published. Random numbers come fro
 seeds by (seed, step, rank), so a resumed run repeats them.
 
 A noise that silently never reaches the model has been seen elsewhere (spec: systems.md A.1), so it is measured where the
-language model receives it: :meth:`Noise.norm`.
+language model receives it: :meth:`Noise.norms`.
 """
 
 from __future__ import annotations
@@ -50,16 +50,20 @@ class Noise:
         if spec.on == "text":
             self.hooks.append(model.get_input_embeddings().register_forward_hook(self._text))
 
-    def norm(self) -> float | None:
-        """Mean L2 norm of a sample's noise in this rank's micro-batches since the last call; None without any.
+    def norms(self) -> torch.Tensor | None:
+        """(sum of the L2 norms of the samples' noise, samples) [2], fp64, of this rank's micro-batches since the last call;
+        None without any.
 
-        On ``merged`` it is alpha / sqrt(3) in expectation, whatever length and width; on ``text`` that times the root of
-        the share of text tokens.
+        The norm of a sample is alpha / sqrt(3) in expectation on ``merged``, whatever length and width; on ``text`` that
+        times the root of the share of text tokens.
         """
         import torch
 
         squares, self.squares = self.squares, []
-        return float(torch.cat(squares).sqrt().mean()) if squares else None
+        if not squares:
+            return None
+        found = torch.cat(squares).double().sqrt()
+        return torch.stack([found.sum(), torch.full_like(found[0], len(found))])
 
     def remove(self) -> None:
         """Take the hooks off."""
