@@ -91,7 +91,8 @@ class Noise:
 
         lengths = self._lengths(embeds)
         size = self.alpha / (lengths.float() * embeds.shape[-1]).sqrt()
-        each = torch.repeat_interleave(size, lengths).view(*embeds.shape[:-1], 1)
+        rows = embeds.shape[0] * embeds.shape[1]  # told, or a GPU would be waited for to know it
+        each = torch.repeat_interleave(size, lengths, output_size=rows).view(*embeds.shape[:-1], 1)
         uniform = torch.rand(embeds.shape, device=embeds.device, dtype=torch.float32) * 2 - 1
         noisy = embeds + (uniform * each).to(embeds.dtype)
         self.added = (noisy.detach(), (noisy.detach().float() - embeds.detach().float()).square().sum(-1))
@@ -105,7 +106,8 @@ class Noise:
         noisy, squares = self.added
         kept = squares * (received.detach() == noisy).all(-1)
         lengths = self._lengths(noisy)
-        segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        numbers = torch.arange(len(lengths), device=lengths.device)
+        segment = torch.repeat_interleave(numbers, lengths, output_size=squares.numel())
         self.squares.append(torch.zeros(len(lengths), device=kept.device).index_add_(0, segment, kept.flatten()))
         self.added = None
 
