@@ -181,6 +181,61 @@ def test_the_cuda_call_fits_torch(monkeypatch, window):
     assert torch.allclose(ours, attention._grouped(query, key, value, bounds, 0.0, 0.3, window), atol=1e-6)
 
 
+def test_the_cuda_path_of_a_language_model_never_asks_the_device(monkeypatch):
+    """Forward and backward through torch's real operator, whose kernel for shapes runs on the meta device. Nothing there
+    has values, so a length that is read from a tensor (on CUDA a wait in every layer) would raise."""
+    from vlmflow.models import attention
+    from vlmflow.training.shape import blank
+
+    calls = []
+
+    def counted(*args):
+        calls.append(args[0].shape)
+        return kernel(*args)
+
+    kernel = attention._cuda
+    monkeypatch.setattr(attention, "_fits_kernel", lambda query, dropout: query.dtype == torch.bfloat16)
+    monkeypatch.setattr(attention, "_cuda", counted)
+    model = blank(build().config).train()
+    model.set_attn_implementation("vlmflow_varlen")
+    width = model.config.text_config.hidden_size
+    bounds = {"cu_seq_lens_q": torch.empty(4, dtype=torch.int32, device="meta"), "max_length_q": 40}
+    embeds = torch.empty(1, 100, width, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    positions = torch.empty(1, 100, dtype=torch.long, device="meta")
+    for _ in range(2):
+        out = model.model(inputs_embeds=embeds, position_ids=positions, use_cache=False, **bounds).last_hidden_state
+        out.sum().backward()
+    assert len(calls) == 2 * model.config.text_config.num_hidden_layers and out.shape == embeds.grad.shape
+    with pytest.raises(RuntimeError, match="meta"):
+        model.model(
+            inputs_embeds=embeds, position_ids=positions, use_cache=False, cu_seq_lens_q=bounds["cu_seq_lens_q"]
+        )
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "dropout", "capability", "fits"),
+    [
+        (64, torch.bfloat16, 0.0, (9, 0), True),
+        (72, torch.float16, 0.0, (8, 0), True),
+        (256, torch.bfloat16, 0.0, (8, 6), True),
+        (64, torch.float32, 0.0, (9, 0), False),
+        (64, torch.bfloat16, 0.1, (9, 0), False),
+        (20, torch.bfloat16, 0.0, (9, 0), False),
+        (264, torch.bfloat16, 0.0, (9, 0), False),
+        (64, torch.float16, 0.0, (7, 5), False),
+    ],
+)
+def test_which_packs_the_cuda_kernel_takes(monkeypatch, width, dtype, dropout, capability, fits):
+    from types import SimpleNamespace
+
+    from vlmflow.models import attention
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    query = SimpleNamespace(is_cuda=True, dtype=dtype, shape=(1, 2, 9, width), device=torch.device("cuda", 0))
+    assert attention._fits_kernel(query, dropout) == fits
+    assert not attention._fits_kernel(torch.empty(1, 2, 9, width, dtype=dtype), dropout), "not on a CPU"
+
+
 def test_training_after_scoring_the_same_pack():
     """Attention plans are kept; one made under inference_mode must still serve a backward pass."""
     from vlmflow.models import attention

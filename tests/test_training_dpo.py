@@ -127,6 +127,38 @@ def test_one_pack_equals_a_pack_for_each_pair() -> None:
         assert value.item() == pytest.approx(sum(float(found[1][name]) for found in alone), rel=1e-4, abs=1e-6), name
 
 
+def shared(parts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The packed batch of pairs whose answers show the same tiles, which are in it once (as the loader makes it)."""
+    index, count = [], 0
+    for part in parts[::2]:
+        tiles = sum(len(tile) for tile in part["tiles"])
+        index += [*range(count, count + tiles)] * 2
+        count += tiles
+    pixels = [tile for part in parts[::2] for tile in part["tiles"]]
+    return pack(parts) | {"pixel_values": torch.from_numpy(np.concatenate(pixels)), "tile_index": torch.tensor(index)}
+
+
+@pytest.mark.parametrize("own_class", [True, False])
+def test_tiles_encoded_once_for_both_answers_equal_tiles_encoded_twice(own_class: bool) -> None:
+    """Without `accepts_loss_only` a model is one of transformers' own, which cannot share tiles: they are repeated before it."""
+    reference = build()
+    model, spec = moved(reference), ObjectiveSpec(kind="dpo", sft_weight=0.3)
+    model.accepts_loss_only = own_class
+    parts = parts_of(model.config)
+    own = batch_of(reference, parts)
+    encoded: list[int] = []
+    model.model.vision_tower.embeddings.register_forward_hook(lambda _, args, out: encoded.append(len(out)))
+    twice, _ = pack_outcome(model, own, spec)
+    twice.backward()
+    expected = gradients(model)
+    once, _ = pack_outcome(model, {**shared(parts), "reference": own["reference"]}, spec)
+    once.backward()
+    assert once.item() == pytest.approx(twice.item(), rel=1e-5)
+    close(gradients(model), expected)
+    assert float(expected["model.vision_tower.embeddings.patch_embedding.weight"].abs().max()) > 0
+    assert encoded[1] * (2 if own_class else 1) == encoded[0]
+
+
 def test_without_a_step_every_pair_costs_log_two() -> None:
     model = build()
     spec = ObjectiveSpec(kind="dpo", label_smoothing=0.1)

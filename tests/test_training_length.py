@@ -109,7 +109,7 @@ def test_each_pair_of_preferences_is_an_item_of_two_parts(tmp_path: Path, readin
     encode = Encoder(reading.family, reading.tokenizer, CONFIG, stage, made.uses, 0)
     for item in items:
         parts = encode(item, samples[item.row], None)  # raises when the lengths differ
-        assert len(parts) == 2 and parts[0].tiles == parts[1].tiles and sum(parts[0].tiles) * 2 == item.tiles
+        assert len(parts) == 2 and parts[0].tiles == parts[1].tiles and sum(parts[0].tiles) == item.tiles
         assert item.targets == sum(int(part.target.sum()) for part in parts)
 
 

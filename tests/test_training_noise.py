@@ -64,8 +64,9 @@ def test_every_segment_has_the_noise_of_its_own_length(model: Any, parts: list[d
         if pictures.any():
             assert mine[pictures].any() == (on == "merged")
         norms.append(mine.norm().item())
-    assert noise.norm() == pytest.approx(sum(norms) / len(norms), rel=1e-4)
-    assert noise.norm() is None, "read once"
+    found = noise.norms()
+    assert found.tolist() == pytest.approx([sum(norms), len(norms)], rel=1e-4)
+    assert noise.norms() is None, "read once"
     if on == "merged":
         assert norms == pytest.approx([5.0 / math.sqrt(3)] * len(parts), rel=0.1)
 
@@ -88,7 +89,7 @@ def test_neither_evaluation_nor_reference_passes_see_it(model: Any, parts: list[
     with torch.no_grad():
         assert packed_loss(model, batch)[0].item() == clean
     assert packed_loss(model.eval(), batch)[0].item() == clean
-    assert noise.norm() is None
+    assert noise.norms() is None
     assert packed_loss(model.train(), batch)[0].item() != clean
     noise.remove()
     assert packed_loss(model, batch)[0].item() == clean
@@ -98,7 +99,7 @@ def test_rows_of_a_batch_have_the_noise_of_a_row(model: Any) -> None:
     noise = Noise(model, FAMILY, NoiseSpec(alpha=3.0))
     ids = torch.arange(40).view(2, 20)
     model(input_ids=ids)
-    assert noise.norm() == pytest.approx(3.0 / math.sqrt(3), rel=0.05)
+    assert noise.norms().tolist() == pytest.approx([2 * 3.0 / math.sqrt(3), 2], rel=0.05)
 
 
 def test_noise_that_never_arrives_is_measured_as_nothing(model: Any, parts: list[dict[str, Any]]) -> None:
@@ -107,7 +108,7 @@ def test_noise_that_never_arrives_is_measured_as_nothing(model: Any, parts: list
     noise = Noise(model, FAMILY, NoiseSpec())
     model.model.embed = lambda *args, **kwargs: torch.zeros_like(type(model.model).embed(model.model, *args, **kwargs))
     packed_loss(model, batch)
-    assert noise.norm() == 0.0
+    assert noise.norms().tolist() == [0.0, len(parts)]
 
 
 @pytest.fixture(scope="module")

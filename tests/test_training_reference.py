@@ -53,6 +53,9 @@ def test_a_pair_is_one_item_of_two_segments_side_by_side(place: Any) -> None:
         batch, items = loader.micro(pack).batch, plan.items_of(pack)
         borders, dummy = batch["cu_seq_lens_q"], int(plan.pack_tiles[pack] == 0)
         assert len(borders) - 1 == 2 * len(items) + dummy
+        shown = batch.get("tile_index", np.zeros(dummy, dtype=int))
+        assert len(batch["pixel_values"]) == sum(item.tiles for item in items) + dummy
+        assert (np.bincount(shown) == (1 if dummy else 2)).all(), "each tile is shown in both answers and encoded once"
         ids, labels = batch["input_ids"][0], batch["labels"][0]
         for number, item in enumerate(items):
             a, b, c = borders[2 * number : 2 * number + 3]
@@ -265,12 +268,12 @@ def test_bad_pairs_are_counted_with_their_reason_up_to_a_limit(place: Any) -> No
         make_job(place, "limit", data, failure_limit=0.1)
 
 
-def test_images_over_the_budget_twice_are_dropped(place: Any) -> None:
-    """Each answer has tiles of its own, so a pair needs twice those of its images."""
+def test_a_pair_with_more_tiles_than_the_budget_is_dropped(place: Any) -> None:
+    """Both answers show the same tiles, so a pair needs those of its images once."""
     data = world.dataset(place.root, [pairs_sample(i, images=4 if i == 2 else 1) for i in range(6)], name="big")
     made = trainer(make_job(place, "big", data, failure_limit=0.5, budget={"tokens": 4096, "tiles": 6}))
     assert made.plan.report["dropped"] == 1
-    assert "16 tiles, budget 6" in made.plan.report["dropped_reasons"][0]["reason"]
+    assert "8 tiles, budget 6" in made.plan.report["dropped_reasons"][0]["reason"]
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])

@@ -4,7 +4,7 @@ Registered as `vlmflow_varlen`: where a forward carries `cu_seq_lens_q`, every s
 does not (generation with a cache and padding, encoders), it is plain `sdpa`. A dense pack mask costs the square of the
 pack and is slower than padding at 4096 tokens (training.md C.1).
 
-On CUDA in 16 bits torch's own varlen flash kernel runs. Elsewhere every segment goes through a causal SDPA of its own, on
+On CUDA in 16 bits torch's own varlen flash kernel runs, where it takes the heads and the GPU. Elsewhere every segment goes through a causal SDPA of its own, on
 views of the pack: half the time of padding segments of similar length into one call, because the padding costs its square
 and the copies. Only short segments, whose work is less than a call, are right-padded into common ones: a padded key lies
 behind every real query, so no mask is needed. Each is padded to its own next multiple of STEP, never to its neighbours'
@@ -97,9 +97,27 @@ def varlen_attention_forward(
             f"{NAME}: packed attention takes one row and no cache, got {query.shape[0]} rows, "
             f"{query.shape[2]} queries and {key.shape[2]} keys"
         )
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and dropout == 0.0:
+    if _fits_kernel(query, dropout):
         return _cuda(query, key, value, cu_seq_lens, longest, scaling, sliding_window), None
     return _grouped(query, key, value, cu_seq_lens, dropout, scaling, sliding_window), None
+
+
+def _fits_kernel(query: torch.Tensor, dropout: float) -> bool:
+    """Whether torch's varlen kernel takes queries [1, H, N, D]: 16 bits, D a multiple of 8 up to 256, no dropout, and a GPU
+    of compute capability 8.0 or later. It would raise for anything else."""
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and dropout == 0.0
+        and _flash_gpu(query.device)
+    )
+
+
+@torch.compiler.assume_constant_result
+def _flash_gpu(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _cuda(

@@ -53,8 +53,10 @@ def _nats(model: Any, batch: Mapping[str, Any], rows: torch.Tensor, reduction: s
     arguments = {**batch, "use_cache": False}
     if getattr(inner, "accepts_loss_only", False):
         return model(**arguments, loss_only=True, target_losses=reduction == "none", num_items_in_batch=1).loss
-    # transformers' own classes: rows are chosen by index, so only those meet the head.
+    # transformers' own classes: rows are chosen by index, so only those meet the head; they know no shared tiles.
     labels = arguments.pop("labels")
+    if (shown := arguments.pop("tile_index", None)) is not None:
+        arguments["pixel_values"] = arguments["pixel_values"][shown]
     head = inner.get_output_embeddings()
     with _waiting(head, inner):
         hidden = model(**arguments, logits_to_keep=rows if len(rows) else rows.new_zeros(1)).logits[0]

@@ -18,16 +18,18 @@ from numpy.typing import NDArray
 def pack(
     segments: Sequence[tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]],
     tiles: Sequence[NDArray[np.uint8]],
+    shown: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Join segments and tiles into one batch of numpy arrays.
 
     Args:
         segments: (ids [n], positions [n], labels [n]) each.
         tiles: uint8 [t, S, S, 3] each, in the order of the image tokens.
+        shown: number of the tile at each place of an image's tokens, where segments show the same tiles.
 
     Returns:
         ``input_ids``, ``position_ids``, ``labels`` [1, N] int64; ``pixel_values`` uint8 [T, S, S, 3];
-        ``cu_seq_lens_q/k`` int32 [segments + 1]; ``max_length_q/k`` int.
+        ``cu_seq_lens_q/k`` int32 [segments + 1]; ``max_length_q/k`` int; with ``shown``, ``tile_index`` int64.
     """
     lengths = [len(ids) for ids, _, _ in segments]
     borders = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
@@ -40,6 +42,7 @@ def pack(
         "cu_seq_lens_k": borders,
         "max_length_q": max(lengths),
         "max_length_k": max(lengths),
+        **({} if shown is None else {"tile_index": np.asarray(shown, dtype=np.int64)}),
     }
 
 

@@ -27,6 +27,7 @@ from typing import Any
 
 import torch
 
+from vlmflow.errors import StepFailed
 from vlmflow.training.ema import Ema
 from vlmflow.training.engine_state import (
     MOMENTS,
@@ -239,11 +240,19 @@ def join(rendezvous: str, rank: int, world: int) -> torch.device:
 
     Args:
         rendezvous: ``env://`` (torchrun's variables) or ``file://`` on one machine.
+
+    Raises:
+        StepFailed: more ranks on this machine than it has GPUs.
     """
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it
+    local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
+        if local >= (gpus := torch.cuda.device_count()):
+            raise StepFailed(
+                f"rank {rank} of {world} is number {local} on its machine, which has {gpus} GPUs, and each rank needs one of its "
+                f"own: set the stage's processes to {gpus}, or hide the GPUs (CUDA_VISIBLE_DEVICES=) to train on the CPU"
+            )
         torch.cuda.set_device(device)
     if not torch.distributed.is_initialized():
         import_deepspeed().init_distributed(

@@ -87,7 +87,7 @@ class Kind(NamedTuple):
         units: sample -> images that have been shown at the end of each unit (a caption, a round of a conversation, a
             pair of answers). A plan's item is a stretch of units.
         render: (sample, layer row, wording, first, last) -> segments of each part; -1, -1 = the whole sample.
-        parts: segments of a pack that an item gives, each with the item's images.
+        parts: segments of a pack that an item gives, each with the item's images, which are encoded once for all.
         joined: units follow each other in one sequence; else each unit is an item of its own.
         turns: units are the rounds of the conversation in ``sample.meta``.
         of: (sample, layer row) -> the sample that `units` and `render` see.
@@ -230,7 +230,7 @@ class Encoder:
         for segments in rendered:
             ids, target = self.family.expand(segments, self.tokenizer, tiles, self.config)
             parts.append(Part(np.asarray(ids, dtype=np.int32), np.asarray(target, dtype=bool), tiles))
-        found = (sum(len(p.ids) for p in parts), sum(sum(p.tiles) for p in parts))
+        found = (sum(len(p.ids) for p in parts), sum(tiles))
         if found != (item.tokens, item.tiles):
             raise DataError(
                 f"sample {sample.key} has {found[0]} tokens and {found[1]} tiles, but the plan was made for {item.tokens} tokens and "

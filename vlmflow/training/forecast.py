@@ -156,10 +156,15 @@ def _forecast(
 
 
 def _full_pack(spec: StageSpec, tile_tokens: int, vocabulary: int) -> dict[str, int]:
-    """The largest pack of a stage: as many tiles as its tokens can hold, the rest text that is learned."""
+    """The largest pack of a stage: as many tiles as its tokens can hold, the rest text that is learned.
+
+    Both answers of a pair have the tokens of its tiles.
+    """
     from vlmflow.models.points.modeling_points import LOSS_ELEMENTS
+    from vlmflow.training.objective import OBJECTIVES
 
     tokens = spec.budget.tokens
+    tile_tokens *= 1 + OBJECTIVES[spec.objective.kind].paired
     tiles = max(1, min(spec.budget.tiles, tokens // tile_tokens))
     targets = max(1, tokens - tiles * tile_tokens)
     rows = spec.memory.loss_rows or max(1, LOSS_ELEMENTS // vocabulary)

@@ -196,24 +196,29 @@ class Loader:
 
     def _micro(self, items: list[Item]) -> Micro:
         segments, tiles, keys, images, tokens = [], [], [], 0, 0
+        shown: list[int] = []
+        count = 0
         for item in items:
             opened = self._shards.get(item.shard)
             key = opened.keys[item.row]
             with _named(key, opened.reader.uri):
                 sample = opened.reader.read(key)
-                made: list[np.ndarray] = []
-                for part in self.encoder(item, sample, opened.rows and opened.rows[key]):
-                    made = made or self._tiles(sample, part.tiles, item.max_tiles)
+                parts = self.encoder(item, sample, opened.rows and opened.rows[key])
+                made = self._tiles(sample, parts[0].tiles, item.max_tiles)  # all parts show the same images
+                places = range(count, count + sum(len(image) for image in made))
+                count = places.stop
+                tiles += made
+                images += len(made)
+                for part in parts:
                     segments.append((part.ids, self.positions(part.ids), masked_labels(part.ids, part.target)))
-                    tiles += made
-                    images += len(made)
+                    shown += places
                     tokens += len(part.ids)
             keys.append(key)
         if not tiles:
             ids = self.dummy
             segments.append((ids, self.positions(ids), np.full(len(ids), IGNORED, dtype=np.int64)))
             tiles.append(np.zeros((1, self.side, self.side, 3), dtype=np.uint8))
-        return Micro(pinned(pack(segments, tiles)), keys, tokens, images)
+        return Micro(pinned(pack(segments, tiles, shown if len(shown) > count else None)), keys, tokens, images)
 
     def _tiles(self, sample: Sample, expected: list[int], max_tiles: int) -> list[np.ndarray]:
         """Tiles of the first images of a sample; as many of each as are expected."""

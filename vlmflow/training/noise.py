@@ -6,7 +6,7 @@ evaluation, in reference passes or in what is published. Random numbers come fro
 seeds by (seed, step, rank), so a resumed run repeats them.
 
 A noise that silently never reaches the model has been seen elsewhere (spec: systems.md A.1), so it is measured where the
-language model receives it: :meth:`Noise.norm`.
+language model receives it: :meth:`Noise.norms`.
 """
 
 from __future__ import annotations
@@ -50,16 +50,20 @@ class Noise:
         if spec.on == "text":
             self.hooks.append(model.get_input_embeddings().register_forward_hook(self._text))
 
-    def norm(self) -> float | None:
-        """Mean L2 norm of a sample's noise in this rank's micro-batches since the last call; None without any.
+    def norms(self) -> torch.Tensor | None:
+        """(sum of the L2 norms of the samples' noise, samples) [2], fp64, of this rank's micro-batches since the last call;
+        None without any.
 
-        On ``merged`` it is alpha / sqrt(3) in expectation, whatever length and width; on ``text`` that times the root of
-        the share of text tokens.
+        The norm of a sample is alpha / sqrt(3) in expectation on ``merged``, whatever length and width; on ``text`` that
+        times the root of the share of text tokens.
         """
         import torch
 
         squares, self.squares = self.squares, []
-        return float(torch.cat(squares).sqrt().mean()) if squares else None
+        if not squares:
+            return None
+        found = torch.cat(squares).double().sqrt()
+        return torch.stack([found.sum(), torch.full_like(found[0], len(found))])
 
     def remove(self) -> None:
         """Take the hooks off."""
@@ -87,7 +91,8 @@ class Noise:
 
         lengths = self._lengths(embeds)
         size = self.alpha / (lengths.float() * embeds.shape[-1]).sqrt()
-        each = torch.repeat_interleave(size, lengths).view(*embeds.shape[:-1], 1)
+        rows = embeds.shape[0] * embeds.shape[1]  # told, or a GPU would be waited for to know it
+        each = torch.repeat_interleave(size, lengths, output_size=rows).view(*embeds.shape[:-1], 1)
         uniform = torch.rand(embeds.shape, device=embeds.device, dtype=torch.float32) * 2 - 1
         noisy = embeds + (uniform * each).to(embeds.dtype)
         self.added = (noisy.detach(), (noisy.detach().float() - embeds.detach().float()).square().sum(-1))
@@ -101,7 +106,8 @@ class Noise:
         noisy, squares = self.added
         kept = squares * (received.detach() == noisy).all(-1)
         lengths = self._lengths(noisy)
-        segment = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        numbers = torch.arange(len(lengths), device=lengths.device)
+        segment = torch.repeat_interleave(numbers, lengths, output_size=squares.numel())
         self.squares.append(torch.zeros(len(lengths), device=kept.device).index_add_(0, segment, kept.flatten()))
         self.added = None
 

@@ -23,7 +23,7 @@ from vlmflow.training.flops import CostModel
 if TYPE_CHECKING:
     from vlmflow.training.pool import Dropped, ShardUse
 
-VERSION = 2  # raise when the same arguments would give another plan, or a stage another cost model
+VERSION = 3  # raise when the same arguments would give another plan, or a stage another cost model
 MEASURED = 4096  # steps, at most, over which an imbalance is taken
 
 Ints = NDArray[np.int64]
@@ -47,7 +47,8 @@ class Item(NamedTuple):
         row: place in the shard.
         first, last: units of the sample (rounds of a conversation, pairs of answers); -1, -1 = all of it.
         max_tiles: tile limit of an image in its phase of the training.
-        tokens, tiles, targets: what was planned, over all its parts.
+        tokens, targets: what was planned, over all its parts.
+        tiles: what was planned; parts share them.
         squares: sum of the squared lengths of its parts.
     """
 

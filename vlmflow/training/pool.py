@@ -137,15 +137,15 @@ class Examples:
         parts = np.array([KINDS[use.text].parts for use in self.uses], dtype=np.int64)[a["use"]]
         joined = np.array([KINDS[use.text].joined for use in self.uses], dtype=bool)[a["use"]]
         of_unit = np.repeat(np.arange(len(self), dtype=np.int64), np.diff(a["unit_start"]))
-        # tiles of all images shown up to the end of a unit, in one part
+        # tiles of all images shown up to the end of a unit
         shown = cumulative[a["image_start"][of_unit] + a["images"]] - cumulative[a["image_start"][of_unit]]
         base = a["unit_start"][:-1]
 
         def table(example: Ints, first: Ints, last: Ints, whole: bool) -> Ints:
             """Rows of the columns of `Pieces`, for units ``first`` to ``last`` of examples."""
             part, i, j = parts[example], base[example] + first, base[example] + last
-            tiles = shown[j] * part
-            tokens = a["end"][j] - a["begin"][i] + tiles * visual.tokens_per_tile
+            tiles = shown[j]  # encoded once; each part has their tokens
+            tokens = a["end"][j] - a["begin"][i] + tiles * part * visual.tokens_per_tile
             targets = a["targets"][j] - np.where(first > 0, a["targets"][i - 1], 0)
             none = np.full(len(example), -1)
             stretch = (none, none) if whole else (first, last)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vlmflow.training.loader import Loader, Micro
     from vlmflow.training.plan import Plan
 
-VERSION = 1  # raise when equal inputs would give other values
+VERSION = 2  # raise when equal inputs would give other values
 PART = 256  # packs of one part: what a killed pass loses at most
 
 Floats = NDArray[np.float32]

@@ -155,7 +155,7 @@ class Trainer:
                         now - started,
                         loader.waited,
                         self.device,
-                        result.metrics | ({"noise_norm": self.noise.norm() or 0.0} if self.noise else {}),
+                        result.metrics,
                     )
                     record |= {"checkpoint_wait": round(self.saving / (now - started), 4), **result.trouble}
                     self.saver.log.step(step, record)
@@ -248,8 +248,9 @@ class Trainer:
                 torch.tensor(self.stop.is_set(), dtype=torch.float64, device=self.device),
             ]
         )
-        everyone = gather(told, self.world)
-        *totals, images, stop = everyone.sum(0).tolist()
+        arrived = self.noise.norms() if self.noise else None
+        everyone = gather(torch.cat([told, told.new_zeros(2) if arrived is None else arrived]), self.world)
+        *totals, images, stop, noise, samples = everyone.sum(0).tolist()
         loss, *further = [total / weight for total in totals]
         problem = self.health.of_loss(loss)
         norm = ds.step(self.engine, held=bool(problem))
@@ -263,4 +264,6 @@ class Trainer:
         else:
             self.health.healthy(loss)
         metrics = dict(zip(list(sums)[1:], further, strict=True))
+        if self.noise:
+            metrics["noise_norm"] = noise / max(1.0, samples)
         return StepResult(loss, norm, int(images), stop > 0, metrics, trouble)

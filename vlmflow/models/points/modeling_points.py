@@ -164,11 +164,14 @@ class PointsModel(PointsPreTrainedModel):
         pixel_values: torch.Tensor | None,
         image_features: torch.Tensor | None = None,
         dummy_tiles: int = 0,
+        tile_index: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Token embeddings [B, N, D] with image features written over the placeholder positions, in reading order.
 
         The last `dummy_tiles` tiles belong to no token: their features enter with weight zero, so that a text-only
-        micro-batch still runs the encoders' collectives. Raises ValueError naming both counts on a mismatch.
+        micro-batch still runs the encoders' collectives. `tile_index` int64 [T] is the tile at each place, where places
+        show the same one: it is encoded once and its gradients are summed. Raises ValueError naming both counts on a
+        mismatch.
         """
         embeds = self.get_input_embeddings()(input_ids)
         if image_features is None and pixel_values is not None and pixel_values.shape[0] > 0:
@@ -186,6 +189,8 @@ class PointsModel(PointsPreTrainedModel):
         if dummy_tiles:
             embeds = embeds + features[-dummy_tiles:].sum() * 0.0
             features = features[:-dummy_tiles]
+        if tile_index is not None:
+            features = features.index_select(0, tile_index.to(features.device))
         flat = features.reshape(-1, features.shape[-1])
         if flat.shape[0] != places:
             raise ValueError(
@@ -205,6 +210,7 @@ class PointsModel(PointsPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         image_features: torch.Tensor | None = None,
         dummy_tiles: int = 0,
+        tile_index: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> ModelOutput:
         """As the language model's forward, on embeddings that contain the image features."""
@@ -212,7 +218,7 @@ class PointsModel(PointsPreTrainedModel):
             raise ValueError("POINTS: give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
             assert input_ids is not None
-            inputs_embeds = self.embed(input_ids, pixel_values, image_features, dummy_tiles)
+            inputs_embeds = self.embed(input_ids, pixel_values, image_features, dummy_tiles, tile_index)
         varlen = self.language_model.config._attn_implementation == "vlmflow_varlen"
         if varlen and attention_mask is None and kwargs.get("cu_seq_lens_q") is not None:
             # A ready 4-D mask is passed on as it is: no dense [N, N] mask is built; the attention ignores it.
@@ -277,7 +283,8 @@ class PointsForConditionalGeneration(PointsPreTrainedModel, GenerationMixin):
         """Logits [B, N, V] and, with `labels` [B, N] (-100 = no target, not shifted), the loss.
 
         Packed training: one row, `position_ids` restarting per segment, `cu_seq_lens_q/k` int32 with a leading 0,
-        `max_length_q/k`, `use_cache=False`, no attention mask, attention implementation `vlmflow_varlen`. A label at
+        `max_length_q/k`, `use_cache=False`, no attention mask, attention implementation `vlmflow_varlen`; `tile_index`
+        where segments show the same tiles (see `PointsModel.embed`). A label at
         the first token of a segment is ignored by construction of the labels (Family.labels), so no target crosses.
 
         `loss` = summed nats / `num_items_in_batch` (default: the targets here). `loss_only` computes the head on the
