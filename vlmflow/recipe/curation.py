@@ -202,6 +202,17 @@ class DedupSpec(Section):
         False,
         description="images count as duplicates only when the texts agree too; conversations and preferences always must",
     )
+    against: list[Name] = Field(
+        default_factory=list,
+        description="other datasets of the recipe: a sample that repeats one of theirs is dropped. A sample without conversations "
+        "or preferences goes for its pictures alone",
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> DedupSpec:
+        if len(set(self.against)) < len(self.against):
+            raise ValueError(f"against: {self.against} names a dataset twice")
+        return self
 
 
 class ContaminationSpec(Section):
