@@ -30,4 +30,4 @@ def curate(recipe: str, overrides: list = [], model: str = "", shard_groups: int
         # `once`, because the model that a registered version's alias names changes
         start = once(initial(recipe=resolved, given=model, **raw)).outputs["model"]
         model_p = parts.stage(resolved, "bootstrap", start, raw)
-        parts.curated(resolved, raw["web"], model_p, shard_groups)
+        parts.curated(resolved, raw, model_p, shard_groups)

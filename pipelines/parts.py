@@ -62,13 +62,16 @@ def stage(resolved, name: str, init, data: dict):
 def curated(resolved, raw, model, shard_groups):
     """OCR, captions, fusion, built samples, checks, perplexity, duplicates and selection. A chain of tasks for each group of
     shards computes the layers' parts; then the same steps find them and seal the manifest, and what compares samples with each
-    other, duplicates and the selection, sees all shards at once. A step that the recipe leaves out hands the dataset on."""
-    dealt = repeatable(groups(recipe=resolved, dataset=raw, count=shard_groups))
+    other, duplicates and the selection, sees all shards at once. A step that the recipe leaves out hands the dataset on.
+
+    Returns the dataset `web` of `raw` (by name); with the others it is compared for duplicates."""
+    web, others = raw["web"], {name: data for name, data in raw.items() if name != "web"}
+    dealt = repeatable(groups(recipe=resolved, dataset=web, count=shard_groups))
     with dsl.ParallelFor(dealt.output) as group:
-        part = _layers(resolved, raw, model, group)
-    whole = repeatable(merge(recipe=resolved, dataset=raw, parts=dsl.Collected(part)))
+        part = _layers(resolved, web, model, group)
+    whole = repeatable(merge(recipe=resolved, dataset=web, parts=dsl.Collected(part)))
     scored = _layers(resolved, whole.outputs["data"], model)
-    unique = repeatable(dedup(recipe=resolved, dataset=scored))
+    unique = repeatable(dedup(recipe=resolved, dataset=scored, **others))
     return repeatable(keep(recipe=resolved, dataset=unique.outputs["data"])).outputs["data"]
 
 

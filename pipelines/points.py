@@ -38,7 +38,7 @@ def points(recipe: str, overrides: list = [], soup_choice: str = "recipe", evalu
 
         untrained = repeatable(initial(recipe=resolved, **raw)).outputs["model"]
         model_p = parts.stage(resolved, "bootstrap", untrained, raw)
-        data = {**raw, "web": parts.curated(resolved, raw["web"], model_p, shard_groups)}
+        data = {**raw, "web": parts.curated(resolved, raw, model_p, shard_groups)}
 
         stage1 = parts.stage(resolved, "ocr", model_p, data)
         stage2 = parts.stage(resolved, "align", stage1, data)

@@ -12,9 +12,11 @@ from types import SimpleNamespace
 from aiohttp import web
 from PIL import Image
 
+from vlmflow.dataset.layer import seal_columns
 from vlmflow.dataset.manifest import Manifest
+from vlmflow.dataset.part import from_rows
 from vlmflow.dataset.sample import Sample
-from vlmflow.dataset.shard import describe_shard, write_shard
+from vlmflow.dataset.shard import ShardReader, describe_shard, write_shard
 from vlmflow.models.store import ModelLineage, ModelRef
 from vlmflow.recipe.curation import CurationSpec
 from vlmflow.step import Context
@@ -49,6 +51,19 @@ def dataset(folder, samples: list[Sample], per_shard: int = 4, sources=("web",))
 def context(folder, seed: int = 17, **curation) -> Context:
     recipe = SimpleNamespace(seed=seed, curation=CurationSpec.model_validate(curation))
     return Context(recipe, str(folder / "root"), folder / "scratch")
+
+
+def seal_layer(
+    ctx, manifest: Manifest, name: str, *, rows: dict[str, dict], schema: dict[str, str], **given
+) -> Manifest:
+    """Seal a layer whose rows a test dictates, by sample key; a sample that has none is refused as in a step."""
+
+    def tables():
+        for shard in manifest.shards:
+            mine = [rows[key] for key in ShardReader(shard, ctx.scratch).keys() if key in rows]
+            yield from_rows(mine, schema, shard.uri)
+
+    return seal_columns(ctx, manifest, name, schema=schema, parts=tables(), **given)
 
 
 class FakeVLM:

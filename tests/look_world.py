@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 from types import SimpleNamespace
 
+from curation_world import seal_layer
 from PIL import Image, ImageDraw
 
 from vlmflow import storage
 from vlmflow.curation.pull_shard import _sidecar, failures_parquet
-from vlmflow.dataset.layer import seal_layer
 from vlmflow.dataset.manifest import LayerPart, LayerRef, Lineage, Manifest, ShardRef, save
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import describe_shard, write_shard

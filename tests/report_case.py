@@ -6,10 +6,10 @@ import json
 import math
 import random
 
+from curation_world import seal_layer
 from PIL import Image, ImageDraw
 
 from vlmflow import storage
-from vlmflow.dataset.layer import seal_layer
 from vlmflow.dataset.manifest import Lineage, Manifest
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import describe_shard, write_shard

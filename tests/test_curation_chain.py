@@ -3,13 +3,13 @@
 from dataclasses import replace
 from types import SimpleNamespace
 
-from curation_world import context, dataset
+from curation_world import context, dataset, seal_layer
 from test_curation_dedup import encoded, picture, sample
 
 from vlmflow import storage
 from vlmflow.curation import clean, contamination, dedup, keep, phash
 from vlmflow.dataset.groups import cut, deal
-from vlmflow.dataset.layer import read_layer, seal_layer
+from vlmflow.dataset.layer import read_layer
 from vlmflow.evaluation.tsv import write_table
 
 ROW_LOCAL = (phash, clean, contamination)

@@ -1,7 +1,7 @@
 """clean: each check with its reason, on the text that the recipe names, and what is told about the text."""
 
 import pytest
-from curation_world import context, dataset, png
+from curation_world import context, dataset, png, seal_layer
 from pydantic import ValidationError
 
 from vlmflow.curation import clean, phash
@@ -9,7 +9,7 @@ from vlmflow.curation.language import language
 from vlmflow.curation.objects import main_object
 from vlmflow.curation.repetition import repetition
 from vlmflow.curation.words import words
-from vlmflow.dataset.layer import read_layer, seal_layer
+from vlmflow.dataset.layer import read_layer
 from vlmflow.dataset.sample import Sample
 from vlmflow.errors import DataError
 

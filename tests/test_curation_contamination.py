@@ -3,12 +3,12 @@
 from types import SimpleNamespace
 
 import pytest
-from curation_world import context, dataset
+from curation_world import context, dataset, seal_layer
 from PIL import Image, ImageOps
 from test_curation_dedup import encoded, picture, sample
 
 from vlmflow.curation import benchmark_pool, contamination, keep, phash
-from vlmflow.dataset.layer import read_layer, seal_layer
+from vlmflow.dataset.layer import read_layer
 from vlmflow.errors import RecipeError
 from vlmflow.evaluation.tsv import write_table
 from vlmflow.step import Context

@@ -4,11 +4,11 @@ import io
 
 import numpy as np
 import pytest
-from curation_world import context, dataset
+from curation_world import context, dataset, seal_layer
 from PIL import Image, ImageOps
 
 from vlmflow.curation import dedup, phash
-from vlmflow.dataset.layer import read_layer, seal_layer
+from vlmflow.dataset.layer import read_layer
 from vlmflow.dataset.sample import Sample
 from vlmflow.errors import DataError
 

@@ -3,12 +3,12 @@
 from decimal import ROUND_HALF_UP, Decimal
 
 import pytest
-from curation_world import context, dataset, png, sample
+from curation_world import context, dataset, png, sample, seal_layer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vlmflow.curation import keep, selection
-from vlmflow.dataset.layer import add_layer, read_layer, seal_layer
+from vlmflow.dataset.layer import add_layer, read_layer
 from vlmflow.errors import DataError, RecipeError
 
 PPL = {"ppl": "float", "nll": "float", "tokens": "int"}

@@ -253,7 +253,7 @@ def test_the_layer_over_shards_in_processes(tmp_path, capfd, monkeypatch):
     assert [line["image"] for line in rows["s1-0"]["lines"]] == [0, 1]
     layer = sealed.layers["ocr"]
     assert layer.summary["with_text"] == 2 and layer.summary["languages"] == {"en": 2}
-    assert set(layer.params["models"]) == {"det", "rec"}
+    assert set(layer.params["models"]) == {"det", "rec"} and "timeout" not in layer.params
     assert capfd.readouterr() == ("", "")
 
     single = context(tmp_path / "other", workers=1, failure_limit=0.5)
@@ -261,6 +261,6 @@ def test_the_layer_over_shards_in_processes(tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(ocr_workers._Worker, "start", None)  # finished parts are found: no process is started again
     assert ocr.run(ctx, manifest) == sealed
-    other = context(tmp_path, workers=2, failure_limit=0.5, min_score=0.6)
-    with pytest.raises(TypeError):
-        ocr.run(other, manifest)
+    for changed in ({"min_score": 0.6}, {"timeout": 900}):  # what was given up under another limit is tried again
+        with pytest.raises(TypeError):
+            ocr.run(context(tmp_path, workers=2, failure_limit=0.5, **changed), manifest)

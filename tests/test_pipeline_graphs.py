@@ -116,6 +116,15 @@ def test_curation_goes_through_groups_before_the_manifest_is_sealed(specs, name)
 
 
 @pytest.mark.parametrize("name", ["curate", "points"])
+def test_duplicates_are_looked_for_in_the_other_datasets_too(specs, name):
+    spec = specs[name].spec
+    given = tasks(spec)["dedup"]["inputs"]["artifacts"]
+    for other in ("seed", "sft"):
+        wanted = {"outputArtifactKey": "data", "producerTask": shown(spec, f"pull {other}")}
+        assert given[other]["taskOutputArtifact"] == wanted
+
+
+@pytest.mark.parametrize("name", ["curate", "points"])
 def test_web_data_are_pulled_in_groups_then_sealed_by_one_task(specs, name):
     spec = specs[name].spec
     (ahead,) = tasks(spec, "comp-for-loop-2").values()

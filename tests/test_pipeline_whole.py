@@ -32,6 +32,7 @@ SMALL = [
     # so short a training describes badly and learns nothing; here it only must arrive
     *(f"curation.{step}.failure_limit=1" for step in ("caption", "fuse", "perplexity")),
     "curation.fuse.fallback=alt",
+    "curation.dedup.against=[sft]",
     "soup.candidates={charts: [{dataset: sft, sources: [charts], text: conversations}], pairs: [{dataset: sft, sources: [pairs], text: conversations}]}",
     "registry.gates={beats_untrained: false}",
 ]
@@ -86,6 +87,7 @@ def test_from_tables_to_a_champion_without_a_trace_of_a_secret(
             curated = runs.run("curate", shard_groups=2)
             web = runs.manifest(curated, "keep")
             assert {"ocr", "synthetic", "fused", "ppl", "keep"} <= set(manifest.load(web).layers)
+            assert set(manifest.load(web).layer("dedup").params["against"]) == {"sft"}
             start = runs.model(curated, "bootstrap")
             ocr = runs.run("train", stage="ocr", model=start, web=web)
             align = runs.run("train", stage="align", model=runs.model(ocr, "ocr"), web=web)

@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import test_soup_run as soups
 from curation_server import serving
-from curation_world import dataset, png, sample
+from curation_world import dataset, png, sample, seal_layer
 from evaluation_fake_vlm import install
 from recovery_kill import contents, dies, killed_everywhere
 
 from vlmflow import storage
 from vlmflow.curation import pull
-from vlmflow.dataset.layer import add_layer, seal_layer
+from vlmflow.dataset.layer import add_layer
 from vlmflow.evaluation import run as evaluation
 from vlmflow.evaluation.scores import Scores
 from vlmflow.models import store

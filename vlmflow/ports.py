@@ -181,13 +181,17 @@ def pull(
 
 
 def _compared(ctx: Context, manifest: Manifest) -> Manifest:
-    """A pulled dataset with layer `contamination`, if the recipe asks for it: the registry's gate speaks of all data that was
-    trained on. The curated dataset gets the layer from its own steps."""
+    """A pulled dataset with the layers that the recipe asks of one that is not curated: `phash` where the curated one is compared
+    with it, and `contamination`, because the registry's gate speaks of all data that was trained on. The curated dataset gets
+    its layers from its own steps."""
     from vlmflow.curation import contamination, phash
 
     curation = ctx.recipe.curation
-    if curation.contamination is None or not manifest.shards or manifest.name == curation.dataset:
+    if not manifest.shards or manifest.name == curation.dataset:
         return manifest
+    if curation.contamination is None:
+        compared = curation.dataset and curation.dedup and manifest.name in curation.dedup.against
+        return phash.run(ctx, manifest) if compared else manifest
     plain = curation.contamination.model_copy(update={"text": None})  # a layer that only the curated dataset has
     recipe = ctx.recipe.model_copy(update={"curation": curation.model_copy(update={"contamination": plain})})
     ctx = replace(ctx, recipe=recipe)

@@ -134,9 +134,10 @@ def _ours(folder: Path) -> tuple[list[str], float, float, int]:
     from vlmflow.curation.ocr_engine import Settings
     from vlmflow.curation.ocr_workers import Workers
     from vlmflow.dataset.shard import ShardReader
+    from vlmflow.recipe.curation import OcrSpec
 
     shard = ShardReader(folder / "pages.tar")
-    with Workers(CORES, Settings(), 50_000_000) as workers:
+    with Workers(CORES, Settings(), 50_000_000, OcrSpec().timeout) as workers:
         pids = [os.getpid(), *workers.start()]
         before, started = _cpu_seconds(pids), time.perf_counter()
         texts = [row["text"] for row in workers.read(shard)]

@@ -8,19 +8,21 @@ Duplicates are samples whose images are the same bytes, or all near by perceptua
 their borders. Conversations and preferences are content: samples with them are duplicates only when these agree too (many
 questions are asked about one picture). Flat pictures have no hash and are compared by their bytes; samples without images
 by their texts.
+
+A sample that repeats one of another dataset (`curation.dedup.against`, see `elsewhere`) goes first and drops nothing itself.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vlmflow.curation import phash
+from vlmflow.curation import elsewhere, phash
 from vlmflow.curation.columns import numbers, one_of_each, stacked, text_numbers
-from vlmflow.curation.likeness import Samples
+from vlmflow.curation.likeness import BYTES, KINDS, NEAR, TEXT, TRIMMED, Samples, all_near
 from vlmflow.dataset.layer import seal_columns
 from vlmflow.vision.near import Index, blocks
 
@@ -31,39 +33,48 @@ if TYPE_CHECKING:
 LAYER = "dedup"
 VERSION = 1
 SCHEMA = {"of": "str", "kind": "str", "distance": "int"}
-KINDS = ("bytes", "near", "trimmed", "text")
-"""Identical images; near images; near when borders are cut; the same words (and no image, or recipe's `text`)."""
-_BYTES, _NEAR, _TRIMMED, _TEXT = range(4)
 LARGEST = 10
 
 
-def run(ctx: Context, manifest: Manifest) -> Manifest:
-    """Add layer `dedup`: of (key of the sample that stays; null for those that stay), kind, distance in bits.
+def run(ctx: Context, manifest: Manifest, others: Mapping[str, Manifest] | None = None) -> Manifest:
+    """Add layer `dedup`: of (key of the sample that stays, or DATASET/KEY where that is one of another dataset; null for those
+    that stay), kind, distance in bits.
 
     The summary holds samples, stay, dropped by kind, counts of [source dropped, source that stays, samples], the largest
-    clusters as [key that stays, samples dropped] and how many samples with images were compared by their bytes alone.
+    clusters as [key that stays, samples dropped], how many samples with images were compared by their bytes alone and, with
+    `against`, how many repeat a sample of each dataset.
+
+    Args:
+        others: the datasets that the recipe's `against` names, with layer `phash`.
 
     Raises:
-        DataError: no layer `phash`, no layer of the text that the recipe names, or a key that two shards share.
+        DataError: no layer `phash`, no layer of the text that the recipe names, or a key that two shards share; a dataset of
+            `against` that is not there or lacks its layer.
     """
+    import pyarrow as pa
+
     spec = ctx.recipe.curation.dedup
     if spec is None:
         return manifest
+    compared = elsewhere.digests(spec, others or {}, manifest.name)
     table = stacked(
         manifest, phash.LAYER, ctx.scratch, ["key", "plain", "trimmed", "content", "text", "turns", "pixels"]
     )
     keys = one_of_each(table["key"], manifest.name)
     texts = text_numbers(manifest, spec.text, table, ctx.scratch) if spec.text else numbers(table["text"])
     order = _order(table)
-    samples = Samples.of(table, texts, spec.same_text, spec.images is not None).take(order)
-    of, kind, bits = duplicates(samples, spec.images, by_text=spec.text is not None)
-    back = np.empty(len(order), dtype=np.int64)
-    back[order] = np.arange(len(order))
-    of, kind, bits = np.where(of < 0, -1, order[of])[back], kind[back], bits[back]
+    samples = Samples.of(table, texts, spec.same_text, spec.images is not None)
+    of, kind, bits = (np.full(len(order), value, dtype=np.int64) for value in (-1, NEAR, 0))
+    names, away = keys, None
+    if compared:
+        away = elsewhere.find(spec, table, texts, others or {}, ctx.scratch)
+        order = order[away.of[order] < 0]
+        of, kind, bits = np.where(away.of < 0, -1, away.of + len(keys)), away.kind, away.bits
+        names = pa.concat_arrays([keys, away.keys])
+    found, kind[order], bits[order] = duplicates(samples.take(order), spec.images, by_text=spec.text is not None)
+    of[order] = np.where(found < 0, -1, order[found])
 
     def parts() -> Iterator[Any]:
-        import pyarrow as pa
-
         start = 0
         for shard in manifest.shards:
             rows = slice(start, start + shard.samples)
@@ -72,17 +83,21 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
             yield pa.table(
                 {
                     "key": keys.slice(rows.start, shard.samples),
-                    "of": keys.take(pa.array(of[rows], mask=~gone)),
+                    "of": names.take(pa.array(of[rows], mask=~gone)),
                     "kind": pa.array(KINDS, pa.string()).take(pa.array(kind[rows], mask=~gone)),
                     "distance": pa.array(bits[rows], mask=~gone),
                 }
             )
 
     reads = [phash.LAYER, *([spec.text] if spec.text and spec.text != "alt" else [])]
-    params = {"images": spec.images, "text": spec.text, "same_text": spec.same_text}
+    params: dict[str, Any] = {"images": spec.images, "text": spec.text, "same_text": spec.same_text}
+    summary = _summary(manifest, keys, of, kind, samples)
+    if away:
+        params["against"] = compared
+        summary["against"] = away.by_dataset(spec.against)
     return seal_columns(
         ctx, manifest, LAYER, params=params, version=VERSION, schema=SCHEMA, parts=parts(), reads=reads,
-        summary=_summary(manifest, keys, of, kind, samples),
+        summary=summary,
     )  # fmt: skip
 
 
@@ -107,7 +122,7 @@ def duplicates(samples: Samples, distance: int | None, by_text: bool) -> tuple[n
     stays = leader[unit_of] < 0
     of = first[np.where(stays, unit_of, leader[unit_of])]
     same = samples.content == samples.content[of]
-    within = np.where(samples.count == 0, _TEXT, np.where(same & (samples.content != 0), _BYTES, _NEAR))
+    within = np.where(samples.count == 0, TEXT, np.where(same & (samples.content != 0), BYTES, NEAR))
     of[stays & (of == np.arange(len(of)))] = -1
     return of, np.where(stays, within, kind[unit_of]), np.where(stays, 0, bits[unit_of])
 
@@ -115,18 +130,18 @@ def duplicates(samples: Samples, distance: int | None, by_text: bool) -> tuple[n
 def _leaders(units: Samples, distance: int | None, by_text: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """For each unit (in rank order) the one that drops it, or -1, the kind and the bits."""
     n = len(units.signature)
-    leader, kind, bits = (np.full(n, value, dtype=np.int64) for value in (-1, _NEAR, 0))
+    leader, kind, bits = (np.full(n, value, dtype=np.int64) for value in (-1, NEAR, 0))
     wordings = _cliques(units.text) if by_text else {}
 
     def drop_by_text(unit: int) -> None:
         for other in wordings.pop(int(units.text[unit]), ()):
             if other > unit and leader[other] < 0:
-                leader[other], kind[other] = unit, _TEXT
+                leader[other], kind[other] = unit, TEXT
 
     spots = np.flatnonzero(units.hashed) if distance is not None else np.zeros(0, dtype=np.int64)
-    views = [(_NEAR, Index(units.plain[spots], distance or 0, units.group[spots]))]
+    views = [(NEAR, Index(units.plain[spots], distance or 0, units.group[spots]))]
     if (units.trimmed != units.plain)[spots].any():
-        views.append((_TRIMMED, Index(units.trimmed[spots], distance or 0, units.group[spots])))
+        views.append((TRIMMED, Index(units.trimmed[spots], distance or 0, units.group[spots])))
     cost = sum(index.cost(index.values, index.groups) for _, index in views)
     done = 0
     for block in blocks(np.asarray(cost)):
@@ -145,7 +160,7 @@ def _leaders(units: Samples, distance: int | None, by_text: bool) -> tuple[np.nd
             if leader[unit] >= 0:
                 continue
             for other, code, apart_by in met.get(unit, ()):
-                if leader[other] < 0 and (units.count[unit] == 1 or _all_near(units, unit, other, distance or 0)):
+                if leader[other] < 0 and (units.count[unit] == 1 or all_near(units, unit, units, other, distance or 0)):
                     leader[other], kind[other], bits[other] = unit, code, apart_by
             drop_by_text(unit)
         done = end
@@ -154,13 +169,6 @@ def _leaders(units: Samples, distance: int | None, by_text: bool) -> tuple[np.nd
             if leader[unit] < 0:
                 drop_by_text(unit)
     return leader, kind, bits
-
-
-def _all_near(units: Samples, one: int, other: int, distance: int) -> bool:
-    """Whether the images of two samples are near one by one."""
-    views = (units.all_plain, units.all_trimmed)
-    pairs = [zip(view[one].as_py(), view[other].as_py(), strict=True) for view in views]
-    return all(any((a ^ b).bit_count() <= distance for a, b in image) for image in zip(*pairs, strict=True))
 
 
 def _cliques(ids: np.ndarray) -> dict[int, list[int]]:
@@ -174,7 +182,7 @@ def _cliques(ids: np.ndarray) -> dict[int, list[int]]:
 
 
 def _summary(manifest: Manifest, keys: Any, of: np.ndarray, kind: np.ndarray, samples: Samples) -> dict[str, Any]:
-    gone = np.flatnonzero(of >= 0)
+    gone = np.flatnonzero((of >= 0) & (of < len(of)))  # from there on the samples of other datasets
     names = manifest.sources
     source = np.repeat(
         [names.index(shard.source) for shard in manifest.shards], [shard.samples for shard in manifest.shards]
@@ -184,7 +192,7 @@ def _summary(manifest: Manifest, keys: Any, of: np.ndarray, kind: np.ndarray, sa
     clusters = sorted(
         ((int(n), keys[int(i)].as_py()) for i, n in _top(leaders, sizes)), key=lambda pair: (-pair[0], pair[1])
     )
-    dropped = Counter(KINDS[code] for code in kind[gone].tolist())
+    dropped = Counter(KINDS[code] for code in kind[of >= 0].tolist())
     return {
         "samples": len(of), "stay": int((of < 0).sum()), "dropped": {name: dropped[name] for name in KINDS if dropped[name]},
         "sources": sorted([names[a], names[b], n] for (a, b), n in pairs.items()),

@@ -63,6 +63,9 @@ def _problems(name: str) -> Callable[[Any], Any]:
 
 
 def _repeats(of: Any, kind: Any, distance: Any) -> Any:
+    import pyarrow.compute as pc
+
+    of = pc.replace_substring_regex(of, r"^([^/]+)/(.+)$", r"\2 of dataset \1")
     return _joined("repeats ", of, " (", kind, ", ", _text(distance), " bits apart)")
 
 

@@ -9,6 +9,10 @@ import numpy as np
 
 from vlmflow.curation.columns import column, numbers
 
+KINDS = ("bytes", "near", "trimmed", "text")
+"""Identical images; near images; near when borders are cut; the same words (and no image, or recipe's `text`)."""
+BYTES, NEAR, TRIMMED, TEXT = range(4)
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -72,6 +76,13 @@ class Samples:
 
         fields = (getattr(self, name) for name in self.__dataclass_fields__)
         return Samples(*(f[rows] if isinstance(f, np.ndarray) else f.take(pa.array(rows)) for f in fields))
+
+
+def all_near(some: Samples, one: int, others: Samples, other: int, distance: int) -> bool:
+    """Whether the images of two samples with equally many are near one by one, as they are or without their borders."""
+    views = ((some.all_plain, others.all_plain), (some.all_trimmed, others.all_trimmed))
+    pairs = [zip(mine[one].as_py(), theirs[other].as_py(), strict=True) for mine, theirs in views]
+    return all(any((a ^ b).bit_count() <= distance for a, b in image) for image in zip(*pairs, strict=True))
 
 
 def _telling(plain: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ from vlmflow.curation.ocr_workers import Workers
 from vlmflow.dataset.layer import add_layer, read_columns
 from vlmflow.dataset.manifest import Manifest
 from vlmflow.digest import sha256_file
+from vlmflow.recipe.curation import OcrSpec
 
 if TYPE_CHECKING:
     from vlmflow.step import Context
@@ -34,7 +35,8 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
         pixels), score (mean confidence of the lines, null without text), language (by script, null without text).
 
     Raises:
-        StepFailed: more images cannot be read than `curation.ocr.failure_limit`, or every image ends its worker process.
+        StepFailed: more images cannot be read than `curation.ocr.failure_limit`, or every image ends its worker process
+            or holds it beyond `curation.ocr.timeout`.
         ServiceError: the OCR engine or its models are not installed, or CUDA is asked and missing.
     """
     spec = ctx.recipe.curation.ocr
@@ -49,8 +51,12 @@ def run(ctx: Context, manifest: Manifest) -> Manifest:
         spec.provider == "cuda"
     ):  # scores differ from a CPU's in their last digits; with auto, parts of both may be mixed
         params["provider"] = "cuda"
+    if (
+        spec.timeout != OcrSpec.model_fields["timeout"].default
+    ):  # a row that was given up would stay whatever the new limit
+        params["timeout"] = spec.timeout
     settings = Settings(spec.limit_side, spec.min_score, spec.min_chars, choose_provider(spec.provider))
-    with Workers(spec.workers, settings, ctx.recipe.pull.max_pixels) as workers:
+    with Workers(spec.workers, settings, ctx.recipe.pull.max_pixels, spec.timeout) as workers:
         return add_layer(
             ctx,
             manifest,

@@ -1,9 +1,11 @@
-"""Worker processes that read text, each image at most killing its own: a step must survive what kills OpenCV or ONNX Runtime.
+"""Worker processes that read text, each image at most killing its own: a step must survive what kills or hangs OpenCV or ONNX
+Runtime.
 
 A process that dies (segmentation fault, out of memory, kill -9) loses its chunk of samples, never the step: a new process takes
 its place, the chunk is halved until one sample is left, and that one is tried once more with every other process idle, so that
-memory is not what it lacks. Dead again, it gets a row with the reason. Only when one sample after the other ends so, and nothing
-succeeds between, the machine is to blame and the step stops.
+memory is not what it lacks. Dead again, it gets a row with the reason. A process that gives no answer in time is killed, and its
+samples are read one by one; the one that is late again gets a row with the reason. Only when one sample after the other ends so,
+and nothing succeeds between, the machine is to blame and the step stops.
 """
 
 from __future__ import annotations
@@ -35,14 +37,21 @@ class Died(Exception):
     """A worker process ended without an answer; the text says how."""
 
 
+class Stuck(Died):
+    """A worker process gave no answer in time and was killed."""
+
+
 class Workers:
     """`count` processes, started with their first chunk. Use as a context; `read` may be called from several threads.
 
-    `make` is what a process reads with, made there once.
+    `make` is what a process reads with, made there once. `timeout`: seconds that an image may take.
     """
 
-    def __init__(self, count: int, settings: Settings, max_pixels: int, make: Callable[[Settings], Reader] = Reader):
-        self.count, self.chunk = count, CHUNK[settings.provider]
+    def __init__(
+        self, count: int, settings: Settings, max_pixels: int, timeout: float,
+        make: Callable[[Settings], Reader] = Reader,
+    ) -> None:  # fmt: skip
+        self.count, self.chunk, self._timeout = count, CHUNK[settings.provider], timeout
         self._idle: queue.Queue[_Worker] = queue.Queue()
         for _ in range(count):
             self._idle.put(_Worker(settings, max_pixels, make))
@@ -71,7 +80,7 @@ class Workers:
         """Rows of one shard, in order.
 
         Raises:
-            StepFailed: every sample kills the process that reads it.
+            StepFailed: every sample kills the process that reads it, or holds it beyond the timeout.
             ServiceError: a process cannot load the models.
         """
         keys = reader.keys()
@@ -92,34 +101,50 @@ class Workers:
     def _rows(self, path: str, chunk: Chunk) -> list[Row]:
         worker = self._idle.get()
         try:
-            rows = worker.rows(path, chunk)
+            rows = worker.rows(path, chunk, self._patience(chunk))
             self._given_up = 0
             return rows
-        except Died:
-            pass
+        except Died as death:
+            end = death
         finally:
             self._idle.put(worker)
+        stuck = isinstance(end, Stuck)
         if len(chunk) == 1:
-            return self._last_try(path, chunk)
-        half = len(chunk) // 2
-        return self._rows(path, chunk[:half]) + self._rows(path, chunk[half:])
+            return self._late(chunk, end) if stuck else self._last_try(path, chunk)
+        size = 1 if stuck else -(-len(chunk) // 2)  # one by one: every try of what hangs takes the whole time
+        return [row for start in range(0, len(chunk), size) for row in self._rows(path, chunk[start : start + size])]
+
+    def _patience(self, chunk: Chunk) -> float:
+        """Seconds to wait for a chunk: what its sample with most images may take. A chunk that is only slow is read again one
+        sample at a time."""
+        return self._timeout * max(1, *(len(spans.keys() - {"json"}) for _, spans in chunk))
+
+    def _late(self, chunk: Chunk, end: Stuck) -> list[Row]:
+        with self._alone:
+            self._count(
+                f"gave no answer within their time ({end})",
+                "Give the step a faster machine or fewer workers, raise curation.ocr.timeout or lower curation.ocr.limit_side.",
+            )
+        return [_dead(chunk, f"reading it takes too long: {end}")]
+
+    def _count(self, what: str, todo: str) -> None:
+        """One more sample given up. Raises StepFailed when it is one too many in a row."""
+        self._given_up += 1
+        if self._given_up >= GIVEN_UP:
+            raise StepFailed(f"ocr: the last {self._given_up} samples each {what}. {todo}")
 
     def _last_try(self, path: str, chunk: Chunk) -> list[Row]:
         """One sample that killed its process, read once more while every other process waits."""
         with self._alone:
             held = [self._idle.get() for _ in range(self.count)]
             try:
-                rows = held[0].rows(path, chunk)
+                rows = held[0].rows(path, chunk, self._patience(chunk))
             except Died as death:
-                self._given_up += 1
-                if self._given_up >= GIVEN_UP:
-                    raise StepFailed(
-                        f"ocr: the last {self._given_up} samples each ended the process that read them, alone on the machine "
-                        f"({death}). A large page needs up to 2.3 GB: give the step more memory or lower "
-                        "curation.ocr.limit_side."
-                    ) from None
-                dead = _Picture(0, 0, [], error=f"reading it ends the process: {death}")
-                return [_row(chunk[0][0], [dead])]
+                self._count(
+                    f"ended the process that read them, alone on the machine ({death})",
+                    "A large page needs up to 2.3 GB: give the step more memory or lower curation.ocr.limit_side.",
+                )
+                return [_dead(chunk, f"reading it ends the process: {death}")]
             finally:
                 for worker in held:
                     self._idle.put(worker)
@@ -135,11 +160,15 @@ class _Worker:
         self._process: Any = None
         self._pipe: Any = None
 
-    def rows(self, path: str, chunk: Chunk) -> list[Row]:
-        """Rows of some samples of a local tar. Raises Died, or ServiceError when the models cannot be loaded."""
+    def rows(self, path: str, chunk: Chunk, patience: float) -> list[Row]:
+        """Rows of some samples of a local tar. Raises Died, Stuck when they take longer than `patience` seconds (loading the
+        models not counted), or ServiceError when the models cannot be loaded."""
         try:
             self.start()
             self._pipe.send((path, chunk))
+            if not self._pipe.poll(patience):
+                self.stop()
+                raise Stuck(f"no answer after {patience:g} s")
             return self._pipe.recv()
         except (EOFError, OSError):  # OSError: the pipe broke while sending
             raise Died(self._end()) from None
@@ -249,6 +278,11 @@ def _each(pictures: list[_Picture], step: Callable[[list[Any]], list[Any]], item
         reason = str(error) if isinstance(error, DataError) else type(error).__name__
         pictures[0].error = f"image {pictures[0].number}: {reason}"
         return [None]
+
+
+def _dead(chunk: Chunk, error: str) -> Row:
+    """The row of a sample that is given up."""
+    return _row(chunk[0][0], [_Picture(0, 0, [], error=error)])
 
 
 def _row(key: str, pictures: list[_Picture]) -> Row:

@@ -30,7 +30,7 @@ from vlmflow.errors import DataError, StepFailed
 if TYPE_CHECKING:
     from vlmflow.step import Context
 
-__all__ = ["add_layer", "read_columns", "read_layer", "read_part", "seal_columns", "seal_layer", "write_part"]
+__all__ = ["add_layer", "read_columns", "read_layer", "read_part", "seal_columns", "write_part"]
 
 Compute = Callable[[ShardReader, dict[str, dict[str, Row]]], Iterable[Row]]
 
@@ -109,32 +109,6 @@ def add_layer(
     return _seal(ctx, manifest, name, layer)
 
 
-def seal_layer(
-    ctx: Context,
-    manifest: Manifest,
-    name: str,
-    *,
-    params: dict[str, Any],
-    version: int,
-    schema: Mapping[str, str],
-    rows: Mapping[str, Row],
-    reads: Iterable[str] = (),
-    summary: dict[str, Any] | None = None,
-) -> Manifest:
-    """Write a layer whose rows were computed over all shards at once (a global ranking); ``rows`` by sample key.
-
-    For datasets of any size use `seal_columns`: here every row is a dict in memory.
-    """
-
-    def parts(place: Callable[[ShardRef], str]) -> Iterator[LayerPart]:
-        for shard in manifest.shards:
-            reader = ShardReader(shard, ctx.scratch)
-            mine = [rows[key] for key in reader.keys() if key in rows]
-            yield write_part(place(shard), _in_order(mine, reader, name), schema)
-
-    return _seal_global(ctx, manifest, name, params, version, schema, reads, parts, summary)
-
-
 def seal_columns(
     ctx: Context,
     manifest: Manifest,
@@ -159,7 +133,7 @@ def seal_columns(
     """
     tables = iter(parts)
 
-    def written(place: Callable[[ShardRef], str]) -> Iterator[LayerPart]:
+    def written() -> Iterator[LayerPart]:
         for number, shard in enumerate(manifest.shards):
             table = next(tables, None)
             if table is None:
@@ -168,29 +142,14 @@ def seal_columns(
                     "defect of the step."
                 )
             _check_keys(table["key"].to_pylist(), ShardReader(shard, ctx.scratch), name)
-            yield write_table(place(shard), conform(table, schema, f"step '{name}' on {shard.uri}"))
+            uri = _part_uri(ctx.root, name, layer_digest, shard)
+            yield write_table(uri, conform(table, schema, f"step '{name}' on {shard.uri}"))
         if next(tables, None) is not None:
             raise DataError(f"step '{name}': more Tables than the {len(manifest.shards)} shards; a defect of the step")
 
-    return _seal_global(ctx, manifest, name, params, version, schema, reads, written, summary)
-
-
-def _seal_global(
-    ctx: Context,
-    manifest: Manifest,
-    name: str,
-    params: dict[str, Any],
-    version: int,
-    schema: Mapping[str, str],
-    reads: Iterable[str],
-    write: Callable[[Callable[[ShardRef], str]], Iterable[LayerPart]],
-    summary: dict[str, Any] | Callable[[Manifest], dict[str, Any]] | None,
-) -> Manifest:
-    """Write parts that depend on all shards, so their digest does too, and seal."""
     over = {**params, "manifest": [shard.sha256 for shard in manifest.shards]}
     layer_digest = digest_for(manifest, name, over, version, schema, reads)
-    parts = list(write(lambda shard: _part_uri(ctx.root, name, layer_digest, shard)))
-    layer = LayerRef(step=name, digest=layer_digest, params=params, version=version, parts=parts)
+    layer = LayerRef(step=name, digest=layer_digest, params=params, version=version, parts=list(written()))
     about = summary(_with_layer(manifest, name, layer)) if callable(summary) else summary or {}
     return _seal(ctx, manifest, name, layer.model_copy(update={"summary": about}))
 

@@ -108,6 +108,15 @@ class Recipe(Section):
             problems.append(
                 "curation.contamination: compares with evaluation.benchmarks, but the recipe has none; name some or leave it out"
             )
+        for i, name in enumerate(self.curation.dedup.against if self.curation.dedup else []):
+            field = f"curation.dedup.against[{i}]"
+            if name == self.curation.dataset:
+                problems.append(
+                    f"{field}: '{name}' is the dataset that is curated; its sources are always compared with each other, and against "
+                    "itself every sample would be dropped. Remove it"
+                )
+            elif name not in self.data:
+                problems.append(f"{field}: dataset '{name}' is not in data; defined are {sorted(self.data)}")
         known = sorted(self.data[self.curation.dataset].sources) if self.curation.dataset in self.data else []
         if strangers := sorted(set(self.curation.keep.quota) - set(known)):
             problems.append(

@@ -52,6 +52,12 @@ class OcrSpec(Section):
     provider: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="where the models run; auto = CUDA when onnxruntime-gpu and a GPU are there"
     )
+    timeout: float = Field(
+        300.0,
+        gt=0,
+        description="seconds after which an image that is still being read is given up: its process is replaced, its row says so. "
+        "Another value than the default makes a new layer, in which such images are tried again",
+    )
     failure_limit: Share = Field(0.05, description="largest share of samples with an image that cannot be read")
 
 
@@ -202,6 +208,17 @@ class DedupSpec(Section):
         False,
         description="images count as duplicates only when the texts agree too; conversations and preferences always must",
     )
+    against: list[Name] = Field(
+        default_factory=list,
+        description="other datasets of the recipe: a sample that repeats one of theirs is dropped. A sample without conversations "
+        "or preferences goes for its pictures alone",
+    )
+
+    @model_validator(mode="after")
+    def _each_once(self) -> DedupSpec:
+        if len(set(self.against)) < len(self.against):
+            raise ValueError(f"against: {self.against} names a dataset twice")
+        return self
 
 
 class ContaminationSpec(Section):
