@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import chart_case
 import crds
 import pytest
 from control_plane import ControlPlane
@@ -17,6 +18,15 @@ def plane(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ControlPlane]:
     with ControlPlane(tmp_path_factory.mktemp("plane")) as started:
         crds.install(started.client(), [*crds.trainer(), *crds.others()])
         yield started
+
+
+@pytest.fixture(scope="session")
+def production(plane: ControlPlane, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+    """The production values, installed: every account, right and setting that the chart can give."""
+    made = Place(plane, "production", tmp_path_factory.mktemp("production") / "place").start()
+    made.install(chart_case.values("production"))
+    yield made
+    made.end()
 
 
 @pytest.fixture

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
-import test_release
 from place import RELEASE, Place
 
 TRAINJOBS, RUNTIMES = "trainjobs.trainer.kubeflow.org", "trainingruntimes.trainer.kubeflow.org"
@@ -43,51 +40,42 @@ NAMES = {
 CLUSTER = ("nodes", "namespaces", "persistentvolumes", "clusterroles.rbac.authorization.k8s.io", "clusterrolebindings.rbac.authorization.k8s.io", "customresourcedefinitions.apiextensions.k8s.io")  # fmt: skip
 
 
-def may(here: Place, account: str, right: Right, namespace: str) -> bool:
+def may(production: Place, account: str, right: Right, namespace: str) -> bool:
     """One SubjectAccessReview; `namespace` "" = the cluster's own kinds."""
     verb, what, name = right
     kind, _, part = what.partition("/")
     plural, _, group = kind.partition(".")
     asked = {"verb": verb, "group": group, "resource": plural, "subresource": part, "name": name, "namespace": namespace}  # fmt: skip
-    user = f"system:serviceaccount:{here.namespace}:{RELEASE}-{account}"
-    groups = ["system:serviceaccounts", f"system:serviceaccounts:{here.namespace}", "system:authenticated"]
+    user = f"system:serviceaccount:{production.namespace}:{RELEASE}-{account}"
+    groups = ["system:serviceaccounts", f"system:serviceaccounts:{production.namespace}", "system:authenticated"]
     review = {"spec": {"user": user, "groups": groups, "resourceAttributes": asked}}
-    answer = here.call("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", review)
+    answer = production.call("POST", "/apis/authorization.k8s.io/v1/subjectaccessreviews", review)
     return answer["status"]["allowed"]
 
 
-@pytest.fixture(scope="module")
-def here(plane: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The production values, installed: every account and every right that the chart can give."""
-    made = Place(plane, "rights", tmp_path_factory.mktemp("rights") / "place").start()
-    made.install(test_release.values("production"))
-    yield made
-    made.end()
-
-
 @pytest.mark.parametrize("account", ACCOUNTS)
-def test_an_account_may_do_what_the_table_says_and_nothing_else(here: Place, account: str) -> None:
+def test_an_account_may_do_what_the_table_says_and_nothing_else(production: Place, account: str) -> None:
     asked = [(verb, kind, name) for kind in KINDS for name in NAMES.get(kind, ("",)) for verb in VERBS]
-    given = {right for right in asked if may(here, account, right, here.namespace)}
+    given = {right for right in asked if may(production, account, right, production.namespace)}
     assert given == ALLOWED.get(account, set())
 
 
 @pytest.mark.parametrize("account", ACCOUNTS)
-def test_no_account_may_do_anything_elsewhere(here: Place, account: str) -> None:
+def test_no_account_may_do_anything_elsewhere(production: Place, account: str) -> None:
     rights = ALLOWED.get(account, set()) | {("list", "secrets", ""), ("create", "pods", "")}
-    assert not [right for right in rights if may(here, account, right, "kube-system")]
-    assert not [(verb, kind) for kind in CLUSTER for verb in VERBS if may(here, account, (verb, kind, ""), "")]
+    assert not [right for right in rights if may(production, account, right, "kube-system")]
+    assert not [(verb, kind) for kind in CLUSTER for verb in VERBS if may(production, account, (verb, kind, ""), "")]
 
 
-def test_a_token_meets_the_same_refusals(here: Place) -> None:
+def test_a_token_meets_the_same_refusals(production: Place) -> None:
     """Not only the reviews: requests with an account's own token."""
     from kubernetes.client.exceptions import ApiException
 
-    token = here.plane.account_token(here.namespace, f"{RELEASE}-pipelines")
-    base = f"/api/v1/namespaces/{here.namespace}"
-    assert here.get(f"{base}/configmaps/vlmflow", token)["data"]["trainLauncher"] == "trainjob"
-    assert set(here.get(f"{base}/secrets/vlmflow-store", token)["data"]) == {"accesskey", "secretkey"}
+    token = production.plane.account_token(production.namespace, f"{RELEASE}-pipelines")
+    base = f"/api/v1/namespaces/{production.namespace}"
+    assert production.get(f"{base}/configmaps/vlmflow", token)["data"]["trainLauncher"] == "trainjob"
+    assert set(production.get(f"{base}/secrets/vlmflow-store", token)["data"]) == {"accesskey", "secretkey"}
     for path in (f"{base}/secrets", f"{base}/secrets/vlmflow-promoter", "/api/v1/namespaces/kube-system/pods", "/api/v1/nodes"):  # fmt: skip
         with pytest.raises(ApiException) as refused:
-            here.get(path, token)
+            production.get(path, token)
         assert refused.value.status == 403, path
