@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 RECIPE ?= recipes/points-tiny.yaml
 
-.PHONY: demo test lint types unit install compile images test-images clean
+.PHONY: demo test lint types unit install compile images test-images test-cluster clean
 
 demo: install  ## the whole POINTS recipe at laptop size, ending in report.html
 	$(BIN)/vlmflow demo $(RECIPE)
@@ -29,6 +29,9 @@ images:  ## all four container images by buildah; settings: images/build.sh
 
 test-images:  ## builds the images for CPUs and runs the tiny recipe in them; settings: images/test.sh
 	images/test.sh
+
+test-cluster: install  ## the chart and the launcher on a real Kubernetes API; KUBEBUILDER_ASSETS: docs/cluster.md
+	$(BIN)/python -m pytest tests/cluster
 
 install: $(VENV)/.ready
 

@@ -16,7 +16,7 @@ import yaml
 
 from pipelines import platform
 from vlmflow.errors import RecipeError
-from vlmflow.training.trainjob import runtime, schema
+from vlmflow.training.trainjob import preflight, runtime, schema
 from vlmflow.training.trainjob.config import TrainJobConfig
 
 DEFAULTS = yaml.safe_load((chart.CHART / "values.yaml").read_text())
@@ -66,7 +66,10 @@ def test_the_schema_refuses(path: str, value: Any) -> None:
         ({"mlflow": {"enabled": True, "adminSecret": "a", "replicas": 2}}, "one file has one writer"),
         ({"mlflow": {"enabled": True, "adminSecret": "a", "backend": {"kind": "postgres"}}}, "key `uri`"),
         ({"captioner": {"enabled": True, "image": {"tag": "v1"}}}, "captioner.model"),
-        ({"promoter": {"after": {"deployment": {"name": "serving"}}}}, "promoter.after.deployment.container"),
+        (
+            {"promoter": {"models": ["m"], "after": {"deployment": {"name": "serving"}}}},
+            "promoter.after.deployment.container",
+        ),
     ],
 )
 def test_templates_refuse_what_cannot_work(changes: dict[str, Any], said: str) -> None:
@@ -145,6 +148,41 @@ def test_the_runtime_is_the_one_that_the_library_prints() -> None:
         assert container["securityContext"].pop(name) == value
     del container["securityContext"], expected_pod["spec"]["containers"][0]["securityContext"]
     assert found["spec"] == expected["spec"]
+
+
+def test_without_a_model_there_is_no_promoter() -> None:
+    """Its command refuses to start without one: the smallest installation would have a pod that never runs."""
+    names = {item["metadata"]["name"] for item in chart.rendered("default")}
+    assert "v-vlmflow-pipelines" in names and not any("promoter" in name for name in names)
+    made = chart.objects({"promoter": {"models": ["m"], "webhookSecret": "s"}})
+    kinds = {item["kind"] for item in made if item["metadata"]["name"] == "v-vlmflow-promoter"}
+    assert {"Deployment", "Service", "ServiceAccount", "NetworkPolicy", "PodDisruptionBudget"} == kinds
+
+
+def test_what_helm_does_not_remove_removes_itself() -> None:
+    (job,) = [item for item in chart.rendered("default") if item["kind"] == "Job"]
+    assert "hook-succeeded" in job["metadata"]["annotations"]["helm.sh/hook-delete-policy"]
+    assert job["spec"]["ttlSecondsAfterFinished"] > 0
+
+
+def test_the_pipelines_may_ask_all_that_the_preflight_asks() -> None:
+    (role,) = [
+        i for i in chart.rendered("production") if i["kind"] == "Role" and i["metadata"]["name"].endswith("-pipelines")
+    ]
+    given = {
+        (group, resource, verb)
+        for rule in role["rules"]
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    asked = {
+        (group, f"{resource}/{part}" if part else resource, verb)
+        for group, resource, part, verbs in [*preflight.NEEDED, *preflight.WANTED]
+        for verb in verbs
+    }
+    asked |= {("trainer.kubeflow.org", "trainingruntimes", "get"), (preflight.KUEUE, "localqueues", "get")}
+    assert asked <= given
 
 
 def test_the_policies_are_the_promoters_own() -> None:

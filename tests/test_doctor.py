@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import copy
 import json
 import threading
 from collections.abc import Iterator
@@ -76,7 +77,7 @@ def kfp(tmp_path: Path) -> Iterator[Kfp]:
 
 @pytest.fixture
 def cluster() -> Iterator[Answers]:
-    with Answers(dict(HEALTHY)) as server:
+    with Answers(copy.deepcopy(HEALTHY)) as server:
         yield server
 
 
@@ -167,6 +168,15 @@ def test_a_faulty_cluster(cluster: Answers, change: dict[str, Any], what: str, c
     cluster.objects.update(change)
     found = faults(cluster)
     assert list(found) == [what] and cure in found[what].cure, found
+
+
+def test_secrets_have_the_names_of_the_installation(cluster: Answers) -> None:
+    """`objectStore.existingSecret` of the chart: the ConfigMap says which secret stands for the library's."""
+    cluster.objects[CONFIG]["data"]["trainJob"] = json.dumps({"runtime": "v-train", "secrets": {"mlpipeline-minio-artifact": "our-store"}})  # fmt: skip
+    cluster.objects["/api/v1/namespaces/ml/secrets/our-store"] = cluster.objects.pop(STORE)
+    assert faults(cluster) == {}
+    del cluster.objects["/api/v1/namespaces/ml/secrets/our-store"]
+    assert "create secret generic our-store" in faults(cluster)["secrets and their keys"].cure
 
 
 def test_without_a_cluster_only_its_checks_are_skipped() -> None:

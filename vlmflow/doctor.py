@@ -6,6 +6,7 @@ checks change nothing but a probe object in the store, which they delete.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -253,11 +254,13 @@ class _Cluster:
     def secrets(self) -> str:
         """Secrets of the tasks, by the names of their keys; values are not looked at."""
         namespace, said = self.settings.namespace, []
-        for name, keys in {**SECRETS, **OPTIONAL_SECRETS}.items():
+        names = self._names()
+        for ours, keys in {**SECRETS, **OPTIONAL_SECRETS}.items():
+            name = names.get(ours, ours)
             status, found = self.get(f"/api/v1/namespaces/{namespace}/secrets/{name}")
             self._readable(status, f"secrets in {namespace}")
             if status == 404:
-                if name in OPTIONAL_SECRETS:
+                if ours in OPTIONAL_SECRETS:
                     continue
                 literals = " ".join(f"--from-literal={key}=..." for key in keys)
                 raise Fault(
@@ -272,11 +275,18 @@ class _Cluster:
             said.append(f"{name} ({', '.join(keys)})")
         return ", ".join(said)
 
+    def _data(self) -> dict[str, str]:
+        """The ConfigMap's content; nothing where there is none."""
+        _, found = self.get(f"/api/v1/namespaces/{self.settings.namespace}/configmaps/{CONFIG_MAP}")
+        return (found or {}).get("data") or {}
+
+    def _names(self) -> dict[str, str]:
+        """Name of a secret in the library -> its name in this installation."""
+        return json.loads(self._data().get("trainJob") or "{}").get("secrets") or {}
+
     def trainer(self) -> str:
         """What the TrainJob launcher needs, where the installation chose it."""
-        namespace = self.settings.namespace
-        _, found = self.get(f"/api/v1/namespaces/{namespace}/configmaps/{CONFIG_MAP}")
-        data = (found or {}).get("data") or {}
+        namespace, data = self.settings.namespace, self._data()
         if data.get("trainLauncher", "local") != "trainjob":
             return "in the pipelines' own pods (training.launcher: local)"
         status, groups = self.get("/apis/trainer.kubeflow.org")
@@ -287,8 +297,6 @@ class _Cluster:
             )
         if status != 200:
             raise Fault(f"trainer.kubeflow.org answers {status or 'nothing'}", "look at the rights of this identity")
-        import json
-
         runtime = json.loads(data.get("trainJob") or "{}").get("runtime", "vlmflow-train")
         version = groups["preferredVersion"]["version"]
         status, _ = self.get(f"/apis/trainer.kubeflow.org/{version}/namespaces/{namespace}/trainingruntimes/{runtime}")

@@ -201,6 +201,11 @@ imagePullSecrets:
 - {name: MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS, value: "true"}
 {{- end -}}
 
+{{/* "true" where there is a promoter: without a model it would have nothing to do, and its command refuses to start */}}
+{{- define "vlmflow.promoting" -}}
+{{- if and .Values.promoter.enabled .Values.promoter.models }}true{{ end -}}
+{{- end -}}
+
 {{/* policy of every model that the promoter looks after, for the pipeline `promote`: the same gates */}}
 {{- define "vlmflow.policies" -}}
 {{- $found := dict -}}

@@ -1,0 +1,45 @@
+"""The evaluation installation with its own services running: MLflow, bootstrap, promoter and `helm test` are the commands
+of their pods, with what the API gives them. Object store and Kubeflow Pipelines are the local stand-ins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from urllib.parse import urlsplit
+
+import chart_case as chart
+import mlflow
+import pytest
+from kfp_server import Kfp
+from place import RELEASE, SECRETS, Place
+
+from vlmflow.compiler import PIPELINES
+
+NAMESPACE = "evaluation"
+
+
+def test_an_evaluation_installation_works(
+    place: Callable[..., Place], stack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = chart.values("evaluation")
+    values["bootstrap"]["activeDeadlineSeconds"] = 3600  # a slow machine
+    store = {"accesskey": stack.access_key, "secretkey": stack.secret_key}
+    with Kfp() as kfp:
+        addresses = {
+            f"{RELEASE}-store.{NAMESPACE}:9000": urlsplit(stack.s3_endpoint).netloc,
+            "ml-pipeline.kubeflow:8888": urlsplit(kfp.endpoint).netloc,
+        }
+        here = place(NAMESPACE, secrets={"mlpipeline-minio-artifact": store}, real=True, addresses=addresses)
+        assert here.install(values)["status"] == "deployed"
+        assert {pipeline.display_name for pipeline in kfp.pipelines.values()} == set(PIPELINES)
+        versions = len(kfp.versions)
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "trainer")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", SECRETS["vlmflow-mlflow"]["password"])
+        server = mlflow.MlflowClient(f"http://{here.node.addresses[f'{RELEASE}-mlflow.{NAMESPACE}:5000']}")
+        assert {model.name for model in server.search_registered_models()} == {"points-tiny", "points-tiny-candidates"}
+        told = here.helm.test(RELEASE, timeout=600)
+        assert told["release"]["status"] == "deployed"
+        assert here.upgrade(values)["version"] == 2 and len(kfp.versions) == versions, (
+            "bootstrap found all as it left it"
+        )
+        assert here.node.failures == [] and here.refusals() == []
