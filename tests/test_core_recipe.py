@@ -1,5 +1,7 @@
 """Recipes: what is wrong is refused before anything starts, with the field and what is allowed."""
 
+from pathlib import Path
+
 import pytest
 
 from vlmflow import recipe
@@ -42,6 +44,15 @@ def test_shipped_recipes_are_valid_and_survive_a_round_trip(path, tmp_path):
         ("stages.sft.processes=3", "cannot be dealt to 3 processes"),
         ("stages.sft.train.0.lr=3", "Input should be less than 1"),
         ("stages.sft.train.0.modules=re:(", "not a regular expression"),
+        (
+            "stages.sft.train.0.modules=projectr",
+            "stages.sft.train[0].modules: 'projectr' is no role of family 'points'",
+        ),
+        ("bootstrap.train.0.modules=vison", "did you mean 'vision'? Its roles are ['language', 'projector', 'vision'"),
+        ("stages.sft.train.0.last=9", "stages.sft.train[0].last: role 'projector' has no numbered layers"),
+        ("stages.sft.memory.recompute=[langage]", "stages.sft.memory.recompute: 'langage' is no role with layers"),
+        ("model.vision.config.patch_size=a", "patch_size must be a whole number of pixels above 0 (got 'a')"),
+        ("model.vision.config.patch_size=0", "patch_size must be a whole number of pixels above 0 (got 0)"),
     ],
 )
 def test_wrong_recipes_are_refused(override, message):
@@ -68,6 +79,23 @@ def test_not_yaml_and_not_a_recipe(tmp_path):
     (tmp_path / "b.yaml").write_text("- 1")
     with pytest.raises(RecipeError, match="holds a list"):
         recipe.load(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_text("# nothing\n")
+    with pytest.raises(RecipeError, match=r"c\.yaml is empty, not a recipe"):
+        recipe.load(tmp_path / "c.yaml")
+
+
+def test_a_key_that_stands_twice_is_refused_and_not_half_forgotten(tmp_path):
+    text = Path(RECIPES[0]).read_text()
+    lines = text.count("\n")
+    first = text[: text.index("\nregistry:")].count("\n") + 2
+    (tmp_path / "r.yaml").write_text(text + "registry: {model: other, experiment: other}\n")
+    with pytest.raises(RecipeError, match=f"the key 'registry' stands in line {first} and again in line {lines + 1}"):
+        recipe.load(tmp_path / "r.yaml")
+
+
+def test_an_override_beyond_a_list_says_how_long_it_is():
+    with pytest.raises(RecipeError, match=r"'stages\.sft\.data' is a list of 1, counted from 0, and has no entry '7'"):
+        recipe.load(RECIPES[0], ["stages.sft.data.7.text=alt"])
 
 
 def test_both_learning_rate_orders_are_presets():

@@ -21,6 +21,7 @@ from vlmflow.recipe.mixture import CURATED_TEXTS, DataUse
 from vlmflow.recipe.model import ModelSpec
 from vlmflow.recipe.results import EvaluationSpec, ExportSpec, RegistrySpec, SoupSpec
 from vlmflow.recipe.stage import StageSpec
+from vlmflow.recipe.written import apply_overrides, expand_presets, read_yaml
 
 
 class Recipe(Section):
@@ -49,7 +50,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Recipe:
         problems = [*self._dataset_problems(), *self._soup_problems(), *self._stage_problems(), *self._gate_problems()]
-        problems += self._curation_problems()
+        problems += [*self._curation_problems(), *self._role_problems()]
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -166,6 +167,35 @@ class Recipe(Section):
             problems.append("stages.bootstrap: this name is reserved for the section 'bootstrap'")
         return problems
 
+    def _role_problems(self) -> list[str]:
+        """A misspelt role would be noticed only when its stage begins, after everything before it."""
+        from vlmflow.models import family
+
+        known = family(self.model.family)
+        roles, layered = sorted(known.roles), sorted(known.numbered)
+        problems = []
+        for name, stage in [("bootstrap", self.bootstrap), *((f"stages.{n}", s) for n, s in self.stages.items())]:
+            for number, rule in enumerate(stage.train if stage else []):
+                field = f"{name}.train[{number}]"
+                if rule.modules.startswith("re:"):
+                    continue
+                if rule.modules not in roles:
+                    problems.append(
+                        f"{field}.modules: '{rule.modules}' is no role of family '{known.name}'{_close(rule.modules, roles)} Its roles "
+                        f"are {roles}; 're:' and a regular expression names parameters"
+                    )
+                elif rule.last and rule.modules not in layered:
+                    problems.append(
+                        f"{field}.last: role '{rule.modules}' has no numbered layers, so its last {rule.last} mean nothing; roles "
+                        f"with layers are {layered}"
+                    )
+            problems += [
+                f"{name}.memory.recompute: '{role}' is no role with layers{_close(role, layered)} Those are {layered}"
+                for role in (stage.memory.recompute if stage else [])
+                if role not in layered
+            ]
+        return problems
+
     def _gate_problems(self) -> list[str]:
         """A gate on a benchmark that is not there would fail only after the whole training."""
         gates, known = self.registry.gates, sorted(self.evaluation.benchmarks)
@@ -176,42 +206,6 @@ class Recipe(Section):
             for name in benchmarks
             if name not in self.evaluation.benchmarks
         ]
-
-
-def apply_overrides(raw: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Set ``section.key=value`` pairs (value read as YAML) in a plain recipe dictionary.
-
-    Raises:
-        RecipeError: no ``=``, or a path through something that is not a section.
-    """
-    import yaml
-
-    for item in overrides:
-        path, sep, text = item.partition("=")
-        if not sep or not path:
-            raise RecipeError(f"override '{item}': expected section.key=value, for example stages.sft.epochs=2")
-        node: Any = raw
-        *parents, last = path.strip().split(".")
-        for depth, part in enumerate(parents):
-            if isinstance(node, list) and part.isdigit() and int(part) < len(node):
-                node = node[int(part)]
-            elif isinstance(node, dict):
-                node = node.setdefault(part, {})
-            else:
-                raise RecipeError(
-                    f"override '{item}': '{'.'.join(parents[:depth])}' is not a section and has no field '{part}'"
-                )
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise RecipeError(f"override '{item}': the value is not YAML ({' '.join(str(error).split())})") from error
-        if isinstance(node, list) and last.isdigit() and int(last) < len(node):
-            node[int(last)] = value
-        elif isinstance(node, dict):
-            node[last] = value
-        else:
-            raise RecipeError(f"override '{item}': '{'.'.join(parents)}' is not a section and has no field '{last}'")
-    return raw
 
 
 def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -226,7 +220,7 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     from vlmflow.errors import NotFound
 
     try:
-        raw = yaml.safe_load(storage.read_bytes(str(path)))
+        raw = read_yaml(storage.read_bytes(str(path)), str(path))
     except NotFound as error:
         raise RecipeError(
             f"there is no recipe at {path} ({error}); give the path or URI of a YAML file, e.g. recipes/points-tiny.yaml"
@@ -235,26 +229,9 @@ def load(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     if not isinstance(raw, dict):
         raise RecipeError(
-            f"{path} holds a {type(raw).__name__}, not a recipe (a mapping with name, model, data, stages, ...)"
+            f"{path} {'is empty' if raw is None else f'holds a {type(raw).__name__}'}, not a recipe (a mapping with name, model, data, stages, ...)"
         )
-    return parse(apply_overrides(raw, _expand_presets(raw, overrides or [])), str(path))
-
-
-def _expand_presets(raw: dict[str, Any], overrides: list[str]) -> list[str]:
-    """Replace each ``preset=NAME`` by the recipe's own list, in place, so that later overrides still win."""
-    presets = raw.get("presets") or {}
-    expanded: list[str] = []
-    for item in overrides:
-        name = item.removeprefix("preset=")
-        if name == item:
-            expanded.append(item)
-        elif name in presets:
-            expanded += presets[name]
-        else:
-            raise RecipeError(
-                f"override '{item}': this recipe has no preset '{name}'; it has {sorted(presets) or 'none'}"
-            )
-    return expanded
+    return parse(apply_overrides(raw, expand_presets(raw, overrides or [])), str(path))
 
 
 def parse(raw: dict[str, Any], where: str = "recipe") -> Recipe:
@@ -271,9 +248,7 @@ def _explain(problem: Any, raw: dict[str, Any]) -> list[str]:
     field = ".".join(location) or "recipe"
     if problem["type"] == "extra_forbidden":
         siblings = list(_schema_at(location[:-1]).get("properties", {}))
-        close = difflib.get_close_matches(location[-1], siblings, n=1)
-        hint = f"; did you mean '{close[0]}'?" if close else "."
-        return [f"{field}: no such field{hint} Allowed here: {', '.join(sorted(siblings))}"]
+        return [f"{field}: no such field{_close(location[-1], siblings)} Allowed here: {', '.join(sorted(siblings))}"]
     if problem["type"] == "missing":
         return [f"{field}: this field is required"]
     message = re.sub(r"^Value error, ", "", problem["msg"])
@@ -283,6 +258,12 @@ def _explain(problem: Any, raw: dict[str, Any]) -> list[str]:
     shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) else ""
     meant = _schema_at(location).get("description", "").split("\n")[0]
     return [f"{field}: {message}{shown}" + (f"; the field is: {meant}" if meant else "")]
+
+
+def _close(name: str, known: list[str]) -> str:
+    """The end of a sentence about an unknown name: which known one was meant, if one is alike."""
+    found = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{found[0]}'?" if found else "."
 
 
 def _schema_at(location: list[str]) -> dict[str, Any]:

@@ -75,6 +75,10 @@ class ModelSpec(Section):
             patch = part.config.get("patch_size")
             if part.source is None and patch is None:
                 raise ValueError(f"model.{name}.config.patch_size is required for a random encoder")
+            if patch is not None and (not isinstance(patch, int) or patch < 1):
+                raise ValueError(
+                    f"model.{name}.config.patch_size must be a whole number of pixels above 0 (got {patch!r})"
+                )
             if patch is not None and (self.tiling.tile % patch or (self.tiling.tile // patch) % 2):
                 raise ValueError(
                     f"model.tiling.tile {self.tiling.tile} with model.{name}.config.patch_size {patch}: the tile must hold an even "
