@@ -14,7 +14,7 @@ from test_curation_pull import context, table
 
 from vlmflow.curation import pull
 from vlmflow.curation.pull_shard import read_failures
-from vlmflow.curation.spool import IMAGES, Spool
+from vlmflow.curation.spool import IMAGES, KEPT, Spool
 from vlmflow.dataset.shard import ShardReader
 
 PROGRAM = """
@@ -81,22 +81,45 @@ def test_a_spool_that_was_cut_or_changed_costs_a_fetch_and_no_wrong_byte(tmp_pat
     spool.refuse("gone", "http_404", "status 404")
     assert spool.read(kept[2]) == b"\x02" * 50
     spool.close(done=False)
-    path = tmp_path / "s" / IMAGES
-    whole = path.read_bytes()
-    for cut in range(len(whole)):
-        path.write_bytes(whole[:cut])
+    images, lines = tmp_path / "s" / IMAGES, tmp_path / "s" / KEPT
+    whole, told = images.read_bytes(), lines.read_bytes()
+    ends = [told.index(b"]", told.index(f'"u{i}"'.encode())) + 1 for i in range(4)]
+    cuts = [(cut, len(told)) for cut in range(0, len(whole), 7)] + [(len(whole), cut) for cut in range(len(told))]
+    for cut, end in cuts:
+        images.write_bytes(whole[:cut])
+        lines.write_bytes(told[:end])
         again = Spool(tmp_path / "s")
-        images = {url: image for url, image in again.found.items() if url != "gone"}
-        assert images == {f"u{i}": kept[i] for i in range(len(images))}
-        assert len(images) == sum(image.offset + 50 <= cut for image in kept)
+        there = {url: image for url, image in again.found.items() if url != "gone"}
+        assert there == {f"u{i}": image for i, image in enumerate(kept) if image.offset + 50 <= cut and ends[i] <= end}
         assert again.found["gone"] == ("http_404", "status 404")
         fresh = again.keep("new", b"new", {"sha256": _sha(b"new")})
         again.close(done=False)
-        assert Spool(tmp_path / "s").found["new"] == fresh
+        assert Spool(tmp_path / "s").found == {**again.found, "new": fresh}
     flipped = bytearray(whole)
     flipped[kept[1].offset] ^= 1
-    path.write_bytes(flipped)
-    assert set(Spool(tmp_path / "s").found) == {"u0", "gone"}
+    images.write_bytes(flipped)
+    lines.write_bytes(told)
+    assert set(Spool(tmp_path / "s").found) == {"u0", "u2", "u3", "gone"}
+
+
+def test_what_a_file_held_before_it_was_written_over_counts_for_nothing(tmp_path):
+    spare, about = tmp_path / "spare", {"sha256": _sha(b"first" * 5000)}
+    first = Spool(tmp_path / "first", spare)
+    first.keep("u", b"first" * 5000, about)
+    first.close(done=True)
+    (left,) = spare.iterdir()
+    number = left.stat().st_ino
+    second = Spool(tmp_path / "second", spare)
+    fresh = second.keep("v", b"second", {"sha256": _sha(b"second")})
+    assert (tmp_path / "second" / IMAGES).stat().st_ino == number, "the file was not used again"
+    second.close(done=False)
+    again = Spool(tmp_path / "second", spare)
+    assert again.found == {"v": fresh} and again.read(fresh) == b"second"
+    more = [again.keep(f"w{i}", bytes([i]) * 5000, {"sha256": _sha(bytes([i]) * 5000)}) for i in range(9)]
+    assert again.read(fresh) == b"second" and all(again.read(m) == bytes([i]) * 5000 for i, m in enumerate(more))
+    third = Spool(tmp_path / "third", spare)  # nothing is spare now
+    third.keep("u", b"third", about)
+    assert (tmp_path / "third" / IMAGES).stat().st_ino != number
 
 
 def test_two_processes_in_one_folder_do_not_share_a_spool(tmp_path):

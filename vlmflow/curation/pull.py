@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -31,6 +32,7 @@ from vlmflow.curation.judges import Judges
 from vlmflow.curation.loop import run_loop
 from vlmflow.curation.pull_shard import Plan, Result, ShardPuller
 from vlmflow.curation.pull_tally import Tally
+from vlmflow.curation.spool import SPARE
 from vlmflow.curation.table import (
     Columns,
     Row,
@@ -215,6 +217,7 @@ class _Pulling:
                 result.withdraw()
             for spool in chain.from_iterable(puller.spools.values() for puller in self._pullers):
                 spool.close(done=False)
+            shutil.rmtree(self.work / SPARE, ignore_errors=True)
 
     def _adopt(self, source: Source, first: int, last: int) -> None:
         """Adopt tars `first` to `last` of a source; how many samples they hold is known only then."""

@@ -26,7 +26,7 @@ from vlmflow.curation.accept import Rejected, accept
 from vlmflow.curation.fetch import Use
 from vlmflow.curation.fetch_limits import Fetched, is_transient
 from vlmflow.curation.judges import Judges
-from vlmflow.curation.spool import Images, Spool, Spooled, discard
+from vlmflow.curation.spool import SPARE, Images, Spool, Spooled, discard
 from vlmflow.curation.table import Row
 from vlmflow.dataset.manifest import ShardRef
 from vlmflow.dataset.sample import Sample
@@ -135,7 +135,7 @@ class ShardPuller:
             self.advance(len(plan.rows))
             return found
         before = await self.clerks(_readable, found) if found else None
-        spool = self.spools[plan.name] = await self.clerks(Spool, self.scratch / plan.name)
+        spool = self.spools[plan.name] = await self.clerks(Spool, self.scratch / plan.name, self.scratch / SPARE)
         wanted: dict[str, int] = {}  # URL -> rows of which it is the last one
         keys: dict[str, str] = {}  # URL -> first row that has it
         for row in plan.rows:
