@@ -1,16 +1,21 @@
-"""What makes a pull cheap keeps its promises: threads that start late, rare looks for cycles, whichever event loop."""
+"""What makes a pull cheap keeps its promises: threads that start late, rare looks for cycles, whichever event loop, bodies
+that stay in memory while there is room."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
+import io
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from curation_server import picture, serving
 
+from vlmflow.curation import fetch
 from vlmflow.curation.allocator import CYCLES, few_collections
+from vlmflow.curation.fetch_limits import Limits
 from vlmflow.curation.judges import Judges
 from vlmflow.curation.loop import run_loop
 
@@ -80,3 +85,42 @@ def test_uvloop_is_taken_where_it_is_installed() -> None:
         return asyncio.get_running_loop()
 
     assert isinstance(run_loop(loop()), uvloop.Loop)
+
+
+def test_bodies_wait_in_memory_only_while_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight bodies of 600 kB that wait at the same time, with room for one; afterwards one alone."""
+    monkeypatch.setattr(fetch, "IN_MEMORY", 1 << 20)
+    whole, in_memory = picture(8) + bytes(600_000), []
+
+    async def main(urls: list[str], bad: list[str]) -> None:
+        everyone = asyncio.Event()
+
+        async def use(body: io.IOBase) -> bytes:
+            in_memory.append(isinstance(body, io.BytesIO))
+            if len(in_memory) >= len(urls):
+                everyone.set()
+            await everyone.wait()
+            body.seek(0)
+            return body.read()
+
+        limits = Limits(
+            concurrency=16,
+            max_bytes=1_000_000,
+            retries=0,
+            timeout=600,
+            first_byte_timeout=600,
+            allow_hosts=frozenset({"127.0.0.1"}),
+        )
+        async with fetch.Fetcher(limits) as fetcher:
+            found = await asyncio.gather(*(fetcher.get(url, use) for url in urls))
+            assert [f.used for f in found] == [whole] * len(urls)
+            assert sum(in_memory) <= 1, "more waited in memory than there is room for"
+            failed = await asyncio.gather(*(fetcher.get(url, use) for url in bad))
+            assert [f.reason for f in failed] == ["too_large", "http_410", "too_large"]
+            assert (await fetcher.get(urls[0], use)).used == whole and in_memory[-1]
+            assert (await fetcher.get(urls[0])).data == whole
+            assert fetcher._waiting == 0
+
+    with serving() as server:
+        urls = [server.url(f"/gzip/600000?{i}") for i in range(8)]
+        run_loop(main(urls, [server.url("/endless"), server.url("/gone"), server.url("/gzip/2000000")]))
