@@ -26,6 +26,7 @@ PARTS = {
     "perplexity": "against one sample at a time, padded batches and length buckets",
     "ocr": "against a plain RapidOCR loop, with character error rates",
     "shards": "reading shuffled raw bytes against webdataset's reader",
+    "flips": "flipped bits in pictures: what the proofs of pull see of them",
     "decode": "JPEGs at the scale that tiling needs against whole decoding",
     "ask": "requests per second of a text model's client against openai's SDK",
     "rows": "a million rows through keep, dedup, stats and gallery",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -170,6 +171,35 @@ def test_a_flipped_bit_of_a_png_is_seen_by_its_checksums():
     data = bytearray(encode(quarters(), "PNG"))
     data[len(data) // 2] ^= 4
     assert rejected(bytes(data)) == "corrupt"
+
+
+@pytest.mark.parametrize("options", [{}, {"interlaced": True}])
+def test_a_png_that_pillow_decodes_into_noise_is_refused(options):
+    """Pillow looks at no chunk's checksum in pixel data; a flipped bit that zlib can read goes on as other pixels."""
+    picture = quarters()
+    whole = png_of(picture, **options)
+    accept(whole, LIMIT)
+    broken = bytearray(whole)
+    broken[whole.index(b"IDAT") + 200] ^= 64
+    with Image.open(io.BytesIO(broken)) as image:
+        assert image.tobytes() != picture.convert("RGB").tobytes()
+    for spec in SPECS:
+        assert rejected(bytes(broken), spec) == "corrupt"
+    assert rejected(whole[:-14], None) == "corrupt"  # in the checksum of the pixels
+    accept(whole[:-12], LIMIT)  # all pixels, no end mark
+
+
+def png_of(picture, interlaced=False):
+    """An uncompressed PNG, zlib's own checksum in a chunk that Pillow never reads; in Adam7's order of pixels, if asked."""
+    rgb = np.asarray(picture.convert("RGB"))
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    cut = [rgb[y::down, x::across] for y, x, down, across in (passes if interlaced else [(0, 0, 1, 1)])]
+    rows = b"".join(b"\0" + row.tobytes() for part in cut for row in part if part.size)
+    header = struct.pack(">IIBBBBB", rgb.shape[1], rgb.shape[0], 8, 2, 0, 0, interlaced)
+    pixels = zlib.compress(rows, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", pixels[:-4]), (b"IDAT", pixels[-4:]), (b"IEND", b"")]
+    packed = (struct.pack(">I", len(d)) + n + d + struct.pack(">I", zlib.crc32(n + d)) for n, d in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
 
 
 def test_what_is_another_file_too_is_refused():

@@ -20,7 +20,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from vlmflow.curation.decode_memory import DECODING, decode_bytes
-from vlmflow.curation.proof import jpeg, plain_jpeg, png
+from vlmflow.curation.proof import jpeg, plain_jpeg, png, png_checked
 from vlmflow.curation.resize import resized, target
 from vlmflow.digest import sha256_bytes
 from vlmflow.vision.rgb import to_rgb
@@ -127,6 +127,8 @@ def accept(data: bytes, max_pixels: int, resize: ResizeSpec | None = None, proof
             whole = looked_at and kind in _STRUCTURE and _STRUCTURE[kind](data)
             if whole and not resize and kind == "PNG" and not any(mark in data for mark in _PNG_TURNS):
                 return Accepted(data, KEPT[kind], width, height)
+            if kind == "PNG" and not whole and not png_checked(data):
+                raise Rejected("corrupt", "PNG with a chunk that was cut or has a wrong checksum")
             need = decode_bytes(image, kind, resize, whole)
             if need > DECODING.total:
                 if whole and not resize:  # the structure is all that can be looked at

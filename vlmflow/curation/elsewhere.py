@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from vlmflow.recipe.curation import DedupSpec
 
 COLUMNS = ["plain", "trimmed", "content", "text", "turns"]
+FIRST = 256  # different samples of the others that are asked at first ...
+GROWTH = 16  # ... and how many times as many after that
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def digests(spec: DedupSpec, others: Mapping[str, Manifest], dataset: str) -> di
 
 
 def find(spec: DedupSpec, table: Any, texts: np.ndarray, others: Mapping[str, Manifest], scratch: Any) -> Found:
-    """The nearest sample of the datasets of `against` that each sample repeats, ties by the order of `against` and the key.
+    """A sample of the datasets of `against` that each sample repeats, if any; of equal ones the first by `against` and key.
 
     Args:
         table: layer `phash` of the samples that may go.
@@ -128,20 +130,43 @@ def _same(theirs: np.ndarray, mine: np.ndarray) -> np.ndarray:
 
 
 def _near(they: Samples, mine: Samples, rows: np.ndarray, distance: int) -> dict[int, tuple[int, int, int]]:
-    """(place in `they`, kind, bits) of the nearest of each of `rows` that has one."""
+    """(place in `they`, kind, bits) of a near one of each of `rows` that has one: the nearest of the first that are asked.
+
+    Theirs are asked a few at first, then ever more, and only for rows that have met none: of tens of thousands of pages that
+    all look alike on both sides, not every pair is compared.
+    """
     _, first = np.unique(they.signature, return_index=True)
-    spots = np.sort(first[they.hashed[first]])  # one of those that are certainly the same, or many pairs would be met
+    spots = first[they.hashed[first]]  # one of those that are certainly the same, in an order without meaning
     best: dict[int, tuple[int, int, int]] = {}
-    for code, view in ((NEAR, "plain"), (TRIMMED, "trimmed")):
+    start, size = 0, FIRST
+    while start < len(spots) and len(rows):
+        best |= _nearest(they, mine, spots[start : start + size], rows, distance)
+        rows = np.array([row for row in rows.tolist() if row not in best], dtype=np.int64)
+        start, size = start + size, size * GROWTH
+    return best
+
+
+def _nearest(
+    they: Samples, mine: Samples, spots: np.ndarray, rows: np.ndarray, distance: int
+) -> dict[int, tuple[int, int, int]]:
+    """(place in `they`, kind, bits) of the nearest at `spots` of each of `rows` that has one; ties by kind and place."""
+    spots = np.sort(spots)
+    best: dict[int, tuple[int, int, int]] = {}
+    cut = any((some.trimmed != some.plain)[at].any() for some, at in ((they, spots), (mine, rows)))
+    for code, view in ((NEAR, "plain"), (TRIMMED, "trimmed"))[: 1 + cut]:
         index = Index(getattr(they, view)[spots], distance, they.group[spots])
         values, groups = getattr(mine, view)[rows], mine.group[rows]
         for part in blocks(index.cost(values, groups)):
-            met = index.search(values[part], groups[part])
-            for query, found, apart in zip(*(array.tolist() for array in met), strict=True):
-                row, other = int(rows[part.start + query]), int(spots[found])
+            query, found, apart = index.search(values[part], groups[part])
+            nearest = np.lexsort((found, apart, query))
+            query, found, apart = query[nearest], found[nearest], apart[nearest]
+            several = mine.count[rows[part.start + query]] != 1  # the others need but the first
+            asked = np.flatnonzero(several | (np.diff(query, prepend=-1) != 0))
+            for q, f, d in zip(*(array[asked].tolist() for array in (query, found, apart)), strict=True):
+                row, other = int(rows[part.start + q]), int(spots[f])
                 known = best.get(row)
-                if known and (known[2], known[1], known[0]) <= (apart, code, other):
+                if known and (known[2], known[1], known[0]) <= (d, code, other):
                     continue
                 if mine.count[row] == 1 or all_near(mine, row, they, other, distance):
-                    best[row] = (other, code, apart)
+                    best[row] = (other, code, d)
     return best

@@ -119,7 +119,7 @@ class Workers:
         sample at a time."""
         return self._timeout * max(1, *(len(spans.keys() - {"json"}) for _, spans in chunk))
 
-    def _late(self, chunk: Chunk, end: Stuck) -> list[Row]:
+    def _late(self, chunk: Chunk, end: Died) -> list[Row]:
         with self._alone:
             self._count(
                 f"gave no answer within their time ({end})",
