@@ -46,11 +46,11 @@ def test_install_upgrade_rollback_uninstall(place: Callable[..., Place], case: s
     assert here.refusals() == []
     first = _promoter(here)
     assert "--period=300" in first
-    assert here.upgrade(values(case, 600))["version"] == 2
+    assert here.upgrade(values(case, 600))["revision"] == 2
     assert "--period=600" in _promoter(here)
     here.rollback(1)
     assert _promoter(here) == first
-    assert [each["version"] for each in here.helm.history(RELEASE)] == [1, 2, 3]
+    assert [each["revision"] for each in here.helm.history(RELEASE)] == [1, 2, 3]
     assert here.refusals() == []
     here.uninstall()
     here.until(lambda: here.left() == KEPT.get(case, set()), f"only what is meant to stay; now {sorted(here.left())}")
