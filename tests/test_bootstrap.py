@@ -18,7 +18,7 @@ from kfp_server import Kfp
 from services import mlflow_server
 from services.bootstrap import __main__ as bootstrap
 from vlmflow import local_stack
-from vlmflow.errors import ServiceError
+from vlmflow.errors import RegistryError, ServiceError
 
 ADMIN, TRAINER, PROMOTER = (
     ("admin", "adm1n-Passw0rd%"),
@@ -168,6 +168,20 @@ def test_each_identity_writes_its_own_model_only(environment: None, monkeypatch:
     with pytest.raises(MlflowException):
         trainer.set_registered_model_alias("boot", "champion", copied.version)
     assert str(trainer.get_model_version_by_alias("boot", "champion").version) == str(copied.version)
+
+
+def test_the_version_of_a_server_with_logins(
+    environment: None, mlflow_uri: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`vlmflow doctor` and `helm test` ask for it as the training identity."""
+    import mlflow
+
+    from vlmflow.registry import tracking
+
+    assert tracking.server_version(mlflow_uri) == mlflow.__version__
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "wrong")
+    with pytest.raises(RegistryError, match="401"):
+        tracking.server_version(mlflow_uri)
 
 
 def test_a_part_that_fails_does_not_stop_the_others(environment: None, kfp: Kfp, capsys: Any, monkeypatch: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from services.promoter.loop import Loop
+from services.promoter.loop import SOONER, Loop
 from services.promoter.webhook import MOST_BYTES, Refusal, Verifier
 from vlmflow.errors import RegistryError
 from vlmflow.registry.promote import Outcome
@@ -151,6 +151,28 @@ def test_probes_tell_life_from_success(server: Server) -> None:
     assert server.call("/healthz")[0] == 200
     assert server.call("/readyz")[0] == 503
     assert server.call("/docs")[0] == 404
+
+
+def test_a_promoter_that_starts_before_its_registry_is_ready_and_tries_soon() -> None:
+    """Helm's --wait runs the bootstrap, which makes the promoter's identity, when all pods are ready."""
+    now, there = [NOW], [False]
+
+    def look(model: str) -> Outcome:
+        if not there[0]:
+            raise RegistryError("401: no such user yet")
+        return Outcome(model, "unchanged", "", "", "")
+
+    loop = Loop(["m"], look, lambda outcome: None, 300.0, lambda: now[0])
+    assert loop.ready() and not loop.round() and loop.ready()
+    pauses = []
+    for _ in range(8):
+        pauses.append(loop.pause())
+        loop.round()
+    assert pauses[0] == SOONER and pauses == sorted(pauses) and pauses[-1] == 300.0
+    now[0] += 901
+    assert not loop.ready(), "three periods without a success"
+    there[0] = True
+    assert loop.round() and loop.ready() and loop.pause() == 300.0
 
 
 def test_a_failure_of_one_model_does_not_keep_the_others_from_being_looked_at() -> None:

@@ -140,11 +140,11 @@ def _mlflow() -> str:
         version = tracking.server_version(uri)
     except VlmflowError as error:
         text = str(error)
-        cure = (
-            "add this host name to the server's MLFLOW_SERVER_ALLOWED_HOSTS (the chart: mlflow.allowedHosts)"
-            if "403" in text
-            else "set MLFLOW_TRACKING_URI to the server, and start it"
-        )
+        cure = "set MLFLOW_TRACKING_URI to the server, and start it"
+        if "403" in text:
+            cure = "add this host name to the server's MLFLOW_SERVER_ALLOWED_HOSTS (the chart: mlflow.allowedHosts)"
+        if "401" in text:
+            cure = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD of an identity that exists"
         raise Fault(text, cure) from error
     found = tuple(int(part) for part in version.split(".")[:2] if part.isdigit())
     if found < MLFLOW_LEAST:

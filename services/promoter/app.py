@@ -26,7 +26,9 @@ def create(loop: Loop, verifier: Verifier | None, clock: Callable[[], float] = t
 
     @app.get("/readyz")
     def readyz() -> Response:
-        return Response("ok\n" if loop.ready() else "no successful round yet\n", 200 if loop.ready() else 503)
+        return Response(
+            "ok\n" if loop.ready() else "no successful round for three periods\n", 200 if loop.ready() else 503
+        )
 
     @app.get("/metrics")
     def metrics() -> Response:

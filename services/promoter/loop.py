@@ -14,6 +14,8 @@ from vlmflow.registry.promote import Outcome
 
 log = logging.getLogger("vlmflow.promoter")
 
+SOONER = 5.0  # seconds until a failed round is repeated; doubles with each failure, up to the period
+
 
 @dataclass
 class State:
@@ -51,6 +53,7 @@ class Loop:
     ) -> None:
         self.models, self.look, self.after, self.period, self.clock = models, look, after, period, clock
         self.state = State()
+        self._began, self._failed = clock(), 0
         self._followed: dict[str, str] = {}
         self._wake, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="reconcile", daemon=True)
@@ -75,8 +78,9 @@ class Loop:
         return self._thread.is_alive()
 
     def ready(self) -> bool:
-        """A round succeeded within the last three periods."""
-        return self.state.last_success > 0 and self.clock() - self.state.last_success < max(3 * self.period, 60)
+        """A round succeeded within the last three periods, or the first three are not over: in a new installation the
+        bootstrap makes this promoter's identity when all pods are ready, so that waiting for a success would never end."""
+        return self.clock() - (self.state.last_success or self._began) < max(3 * self.period, 60)
 
     def round(self) -> bool:
         """Look at every model once; returns whether all went well."""
@@ -102,18 +106,23 @@ class Loop:
             except VlmflowError as error:
                 well = False
                 self.state.failures[model] += 1
-                log.warning("%s: %s; trying again in %.0f s", model, error, self.period)
+                log.warning("%s: %s; trying again", model, error)
             except Exception:
                 well = False
                 self.state.failures[model] += 1
-                log.exception("%s: unexpected failure; trying again in %.0f s", model, self.period)
+                log.exception("%s: unexpected failure; trying again", model)
         self.state.rounds += 1
+        self._failed = 0 if well else self._failed + 1
         if well:
             self.state.last_success = self.clock()
         return well
+
+    def pause(self) -> float:
+        """Seconds until the next round."""
+        return min(self.period, SOONER * 2.0 ** min(self._failed - 1, 20)) if self._failed else self.period
 
     def _run(self) -> None:
         while not self._stop.is_set():
             self._wake.clear()
             self.round()
-            self._wake.wait(self.period)
+            self._wake.wait(self.pause())

@@ -107,3 +107,20 @@ def install(api: Any, definitions: list[Json]) -> None:
                 break
             assert time.monotonic() < deadline, (name, found)
             time.sleep(0.2)
+        spec = each["spec"]
+        path = f"/apis/{spec['group']}/{spec['versions'][0]['name']}/{spec['names']['plural']}"
+        while not _listed(api, path):  # its storage is made after it is established: 429 until then
+            assert time.monotonic() < deadline, name
+            time.sleep(0.2)
+
+
+def _listed(api: Any, path: str) -> bool:
+    from kubernetes.client.exceptions import ApiException
+
+    try:
+        api.call_api(path, "GET", response_type="object", auth_settings=["BearerToken"], _request_timeout=30)
+    except ApiException as error:
+        if error.status in (404, 429):
+            return False
+        raise
+    return True

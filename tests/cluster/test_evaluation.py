@@ -39,7 +39,7 @@ def test_an_evaluation_installation_works(
         assert {model.name for model in server.search_registered_models()} == {"points-tiny", "points-tiny-candidates"}
         told = here.helm.test(RELEASE, timeout=600)
         assert told["release"]["status"] == "deployed"
-        assert here.upgrade(values)["version"] == 2 and len(kfp.versions) == versions, (
+        assert here.upgrade(values)["revision"] == 2 and len(kfp.versions) == versions, (
             "bootstrap found all as it left it"
         )
         assert here.node.failures == [] and here.refusals() == []

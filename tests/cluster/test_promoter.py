@@ -52,7 +52,7 @@ def test_a_promotion_moves_the_named_deployment_and_no_other(
     after(Outcome("points-9b", "promoted", "7", "3", ""))
     moved = deployment(production, "points-serving")
     proxy, server = moved.spec.template.spec.containers
-    assert [(each.name, each.value) for each in server.env] == [("OTHER", "kept"), ("MODEL_URI", "s3://b/points-9b/7")]
+    assert {each.name: each.value for each in server.env} == {"OTHER": "kept", "MODEL_URI": "s3://b/points-9b/7"}
     assert (proxy.image, proxy.env, server.image) == ("p", None, "m")
     after(Outcome("points-9b", "unchanged", "7", "3", ""))
     assert deployment(production, "points-serving").metadata.generation == moved.metadata.generation, (

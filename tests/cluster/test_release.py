@@ -39,6 +39,26 @@ def test_every_object_is_taken_strictly(place: Callable[..., Place], case: str) 
                 _dry_run(here, each)
 
 
+def test_the_namespace_refuses_what_the_chart_must_not_do(place: Callable[..., Place]) -> None:
+    """Pod Security and the quota are in force, and `refusals` sees it: the next test could fail."""
+    here = place("refusing")
+    for name, security in (
+        ("open", {}),
+        ("greedy", {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}),
+    ):
+        container = {"name": "c", "image": "i"}
+        if security:
+            container["securityContext"] = {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
+        template = {
+            "metadata": {"labels": {"app": name}},
+            "spec": {"securityContext": security, "containers": [container]},
+        }
+        spec = {"replicas": 1, "selector": {"matchLabels": {"app": name}}, "template": template}
+        here.apps.create_namespaced_deployment(here.namespace, {"metadata": {"name": name}, "spec": spec})
+    for words in ('violates PodSecurity "restricted', "failed quota: quota: must specify"):
+        here.until(lambda words=words: any(words in each for each in here.refusals()), words)
+
+
 @every_case
 def test_install_upgrade_rollback_uninstall(place: Callable[..., Place], case: str) -> None:
     here = place(f"release-{case}")
@@ -46,11 +66,11 @@ def test_install_upgrade_rollback_uninstall(place: Callable[..., Place], case: s
     assert here.refusals() == []
     first = _promoter(here)
     assert "--period=300" in first
-    assert here.upgrade(values(case, 600))["version"] == 2
+    assert here.upgrade(values(case, 600))["revision"] == 2
     assert "--period=600" in _promoter(here)
     here.rollback(1)
     assert _promoter(here) == first
-    assert [each["version"] for each in here.helm.history(RELEASE)] == [1, 2, 3]
+    assert [each["revision"] for each in here.helm.history(RELEASE)] == [1, 2, 3]
     assert here.refusals() == []
     here.uninstall()
     here.until(lambda: here.left() == KEPT.get(case, set()), f"only what is meant to stay; now {sorted(here.left())}")
