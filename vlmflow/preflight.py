@@ -6,6 +6,7 @@ Each check either passes or raises the error that says what to do; the list of p
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -316,11 +317,17 @@ def _ocr(spec: OcrSpec) -> list[tuple[str, str]]:
 def _training(ctx: Context) -> list[tuple[str, str]]:
     from vlmflow.training import launchers
 
+    rows = []
+    if importlib.util.find_spec("transformers"):  # not in the smallest image; the model's own step looks again
+        from vlmflow.models import config_fields
+
+        config_fields.check(ctx.recipe.model)
+        rows.append(("sizes of the model's random parts", "every field is known to transformers"))
     if launchers.chosen() != "trainjob":
-        return []
+        return rows
     from vlmflow.training.trainjob.preflight import check as check_cluster
 
-    return check_cluster(ctx.recipe)
+    return [*rows, *check_cluster(ctx.recipe)]
 
 
 def _alive(url: str, what: str) -> None:
