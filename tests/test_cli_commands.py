@@ -78,6 +78,13 @@ def test_a_recipe_that_the_pipeline_would_not_run_whole_is_refused(capsys, chang
     assert code == 2 and field in err
 
 
+def test_a_recipe_is_validated_for_the_pipeline_that_is_asked_for(capsys):
+    code, out, _ = call(capsys, "recipe", "validate", TINY, "soup=null", "--pipeline", "curate")
+    assert code == 0 and "is valid" in out
+    code, _, err = call(capsys, "recipe", "validate", TINY, "soup=null", "--pipeline", "soup")
+    assert code == 2 and "soup: the soup pipeline ends in a soup" in err
+
+
 def test_compile_writes_a_package_with_the_given_image(capsys, tmp_path):
     image = "registry.example/vlmflow@sha256:" + "0" * 64
     target = tmp_path / "points.yaml"

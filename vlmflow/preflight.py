@@ -233,7 +233,8 @@ def _tars(shards: list[str], field: str) -> None:
     uris = expand(shards, field)
     for uri in uris[:: -(-len(uris) // LOOKED_FOR)]:
         try:
-            storage.size(uri)
+            with _named(f"{field}: {uri}"):
+                storage.size(uri)
         except NotFound as error:
             raise DataError(f"{field}: there is no tar at {uri}. Correct the recipe or put the tar there.") from error
 
@@ -273,7 +274,8 @@ def _size(field: str, uri: str, allow: frozenset[str]) -> int:
                 "the table. Start the server or correct the address, then run the same command again."
             ) from error
     try:
-        return storage.size(uri)
+        with _named(f"{field}: {uri}"):
+            return storage.size(uri)
     except NotFound as error:
         raise DataError(f"{field}: there is no table at {uri}. Correct the recipe or put the table there.") from error
 
