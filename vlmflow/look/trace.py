@@ -281,8 +281,9 @@ def as_text(found: dict[str, Any]) -> str:
         for e in found["lineage"]
     ]
     head = "not in the dataset" if found["found"] == "failed" else found["state"]
+    wide = max(len(name) for name, _ in rows) + 2
     return "\n".join(
-        [f"{found['key']}: {head}", *(f"  {name:<16}{_shown(value)}" for name, value in rows if value is not None)]
+        [f"{found['key']}: {head}", *(f"  {name:<{wide}}{_shown(value)}" for name, value in rows if value is not None)]
     )
 
 
