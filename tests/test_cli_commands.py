@@ -190,6 +190,17 @@ def test_run_takes_a_pipeline_its_parameters_and_processes(capsys, monkeypatch, 
     assert code == 2 and "--parameter stage: expected NAME=VALUE" in err
 
 
+def test_up_prints_its_variables_for_a_shell(capsys, monkeypatch, tmp_path):
+    from vlmflow import local_stack
+
+    monkeypatch.setattr(local_stack, "up", lambda state, say: "info")
+    monkeypatch.setattr(
+        local_stack, "environment", lambda info: {"AWS_ACCESS_KEY_ID": "a b", "VLMFLOW_ROOT": "s3://vlmflow"}
+    )
+    code, out, _ = call(capsys, "up", "--export", "--state-dir", str(tmp_path))
+    assert code == 0 and out == "export AWS_ACCESS_KEY_ID='a b'\nexport VLMFLOW_ROOT=s3://vlmflow\n"
+
+
 def test_status_says_that_nothing_runs(capsys, tmp_path):
     code, out, _ = call(capsys, "status", "--state-dir", str(tmp_path), "-o", "json")
     assert code == 6 and [row["running"] for row in json.loads(out)] == [False, False]

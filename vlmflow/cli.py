@@ -92,11 +92,26 @@ def recipe_validate(
 
 
 @app.command()
-def up(state_dir: StateOption = Path(".vlmflow"), output: OutputOption = Output.text) -> None:
+def up(
+    state_dir: StateOption = Path(".vlmflow"),
+    export: Annotated[
+        bool,
+        typer.Option(
+            "--export", help='Print the variables, keys included, for a shell: eval "$(vlmflow up --export)".'
+        ),
+    ] = False,
+    output: OutputOption = Output.text,
+) -> None:
     """Start the local object store and MLflow (idempotent)."""
+    import shlex
+
     from vlmflow import local_stack
 
     info = local_stack.up(state_dir, lambda text: typer.echo(text, err=True))
+    if export:
+        for name, value in local_stack.environment(info).items():
+            typer.echo(f"export {name}={shlex.quote(str(value))}")
+        return
     facts = {
         "store": info.root,
         "s3_endpoint": info.s3_endpoint,
