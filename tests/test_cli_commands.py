@@ -78,6 +78,13 @@ def test_a_recipe_that_the_pipeline_would_not_run_whole_is_refused(capsys, chang
     assert code == 2 and field in err
 
 
+def test_a_recipe_is_validated_for_the_pipeline_that_is_asked_for(capsys):
+    code, out, _ = call(capsys, "recipe", "validate", TINY, "soup=null", "--pipeline", "curate")
+    assert code == 0 and "is valid" in out
+    code, _, err = call(capsys, "recipe", "validate", TINY, "soup=null", "--pipeline", "soup")
+    assert code == 2 and "soup: the soup pipeline ends in a soup" in err
+
+
 def test_compile_writes_a_package_with_the_given_image(capsys, tmp_path):
     image = "registry.example/vlmflow@sha256:" + "0" * 64
     target = tmp_path / "points.yaml"
@@ -181,6 +188,17 @@ def test_run_takes_a_pipeline_its_parameters_and_processes(capsys, monkeypatch, 
     assert "dataset    web s3://bucket/manifests/abc.json" in out
     code, _, err = call(capsys, "run", TINY, "-p", "stage")
     assert code == 2 and "--parameter stage: expected NAME=VALUE" in err
+
+
+def test_up_prints_its_variables_for_a_shell(capsys, monkeypatch, tmp_path):
+    from vlmflow import local_stack
+
+    monkeypatch.setattr(local_stack, "up", lambda state, say: "info")
+    monkeypatch.setattr(
+        local_stack, "environment", lambda info: {"AWS_ACCESS_KEY_ID": "a b", "VLMFLOW_ROOT": "s3://vlmflow"}
+    )
+    code, out, _ = call(capsys, "up", "--export", "--state-dir", str(tmp_path))
+    assert code == 0 and out == "export AWS_ACCESS_KEY_ID='a b'\nexport VLMFLOW_ROOT=s3://vlmflow\n"
 
 
 def test_status_says_that_nothing_runs(capsys, tmp_path):

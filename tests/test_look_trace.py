@@ -139,9 +139,20 @@ def test_a_sample_of_a_models_data_is_found_from_the_model(tmp_path, capsys):
         and found["url"] == "http://pictures.example/2.png"
         and found["state"] == "kept"
     )
+    later = ref.model_copy(
+        update={"uri": f"file://{root}/models/def", "weights_sha256": "e" * 64,
+                "lineage": ModelLineage(step="train", data=["1" * 64], parents=["f" * 64])}
+    )  # fmt: skip
+    soup = later.model_copy(
+        update={"uri": f"file://{root}/models/soup", "weights_sha256": "d" * 64,
+                "lineage": ModelLineage(step="soup", parents=["e" * 64, "e" * 64])}
+    )  # fmt: skip
+    for made in (later, soup):
+        storage.write_json(f"{made.uri}/model.json", made.model_dump(mode="json"))
+    assert [m.digest for m in trace.of_model(soup)] == [manifest.digest]  # two models earlier
     bare = ref.model_copy(update={"lineage": ModelLineage(step="soup")})
     storage.write_json(f"{uri}/model.json", bare.model_dump(mode="json"))
     code, _, err = call(
         capsys, "data", "trace", "web-00000002", "--from-model", uri, "--state-dir", str(tmp_path / "none")
     )
-    assert code == 2 and "names 0 manifests" in err
+    assert code == 2 and "name manifests of data of which none lies in" in err

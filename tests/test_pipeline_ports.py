@@ -14,7 +14,7 @@ from vlmflow.dataset.manifest import Manifest
 from vlmflow.dataset.sample import Sample
 from vlmflow.dataset.shard import describe_shard, write_shard
 from vlmflow.digest import sha256_bytes
-from vlmflow.errors import DataError, RecipeError, ServiceError
+from vlmflow.errors import DataError, ModelError, RecipeError, ServiceError, StorageError
 from vlmflow.evaluation.scores import BenchmarkScore, Scores
 from vlmflow.evaluation.tsv import write_table
 from vlmflow.models.store import FileRef, ModelLineage, ModelRef, dump_ref
@@ -293,6 +293,40 @@ def test_preflight_reads_columns_and_benchmark_rows(ctx, tmp_path, monkeypatch):
     (tmp_path / "sft-pairs.csv").write_text("url,turns\na,b\n")
     expected = r"table .*sft-pairs\.csv has no column 'conversations'; it has \['url', 'turns'\]. Set data\.sft\.sources\.pairs\."
     with pytest.raises(DataError, match=expected):
+        preflight.check(ctx)
+
+
+def test_preflight_refuses_a_source_without_rows(ctx, tmp_path, monkeypatch):
+    """Beside other sources it would add nothing, and nobody would notice."""
+    local_tables(ctx, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
+    for text in ("url,conversations\n", ""):
+        (tmp_path / "sft-pairs.csv").write_text(text)
+        with pytest.raises(
+            DataError, match=r"data\.sft\.sources\.pairs\.table: .*sft-pairs\.csv has 0 rows.*take 'pairs' out"
+        ):
+            preflight.check(ctx)
+
+
+def test_preflight_names_the_field_of_an_address_that_no_store_stands_behind(ctx, tmp_path, monkeypatch):
+    local_tables(ctx, tmp_path)
+    for name in ("VLMFLOW_S3_ENDPOINT", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    source = ctx.recipe.data["sft"].sources["pairs"]
+    ctx.recipe.data["sft"].sources["pairs"] = source.model_copy(update={"table": "s3://bucket/mine.csv"})
+    with pytest.raises(
+        StorageError, match=r"data\.sft\.sources\.pairs\.table: s3://bucket/mine\.csv: s3:// needs the env"
+    ):
+        preflight.check(ctx)
+
+
+def test_preflight_refuses_a_misspelt_size_of_the_model(ctx, tmp_path, monkeypatch):
+    local_tables(ctx, tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/m.db")
+    ctx.recipe.model.vision.config["num_hidden_layer"] = 9
+    with pytest.raises(
+        ModelError, match=r"model\.vision\.config\.num_hidden_layer: .* did you mean 'num_hidden_layers'"
+    ):
         preflight.check(ctx)
 
 

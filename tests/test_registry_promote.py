@@ -93,6 +93,16 @@ def test_changed_weights_are_not_promoted(mlflow: Any, model: str, tmp_path: Pat
         promote.promote(mlflow, model, "1", Policy(), "somebody")
 
 
+def test_a_candidate_that_is_not_there_is_said_with_those_that_are(mlflow: Any, model: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        RegistryError, match=f"{model}-candidates has no version 7: no recipe with registry.model '{model}'"
+    ):
+        promote.verdict(mlflow, model, "7", Policy())
+    world.candidate(tmp_path / "a", 30, model)
+    with pytest.raises(RegistryError, match=f"{model}-candidates has no version 7: it has 1$"):
+        promote.promote(mlflow, model, "7", Policy(), "somebody")
+
+
 def test_approval_is_waited_for(mlflow: Any, model: str, tmp_path: Path) -> None:
     world.candidate(tmp_path / "a", 30, model)
     asked = Policy(approval_tag="approved-by")

@@ -24,17 +24,26 @@ def test_children_and_attributes_are_escaped_unless_made_here():
 
 def test_histogram_counts_every_value_once_and_colours_by_the_cut():
     values = [1.0, 1.5, 2.0, 2.0, 2.1, 5.0, 80.0]
-    svg = parse(charts.histograms({"all": values}, cut=2.0, axis="x"))
+    svg = parse(charts.histograms({"all": (values[:4], values[4:])}, cut=2.0, axis="x"))
     counted = {"kept": 0, "gone": 0}
     for rect in svg.iter("rect"):
         counted[rect.get("class")] += int(rect.find("title").text.rsplit(" ", 1)[1])
     assert counted == {"kept": 4, "gone": 3}
 
 
+def test_a_bar_that_is_part_kept_and_part_removed_shows_both():
+    """Most captions of a sure model lie within one bar: the cut goes through it, and so must the colours."""
+    svg = parse(charts.histograms({"all": ([1.001] * 2, [1.002] * 6 + [30000.0])}, cut=1.0015, axis="x"))
+    kept, gone = sorted((r for r in svg.iter("rect")), key=lambda r: (float(r.get("x")), -float(r.get("y"))))[:2]
+    assert (kept.get("class"), gone.get("class")) == ("kept", "gone") and kept.get("x") == gone.get("x")
+    assert float(gone.get("height")) == pytest.approx(3 * float(kept.get("height")), abs=0.2)
+    assert float(gone.get("y")) + float(gone.get("height")) == pytest.approx(float(kept.get("y")), abs=0.2)
+
+
 def test_histogram_leaves_out_what_has_no_logarithm():
-    svg = parse(charts.histograms({"all": [0.0, float("inf"), float("nan"), 3.0, 4.0]}, cut=None, axis="x"))
+    svg = parse(charts.histograms({"all": ([0.0, float("inf"), 3.0], [float("nan"), 4.0])}, cut=None, axis="x"))
     assert sum(int(rect.find("title").text.rsplit(" ", 1)[1]) for rect in svg.iter("rect")) == 2
-    assert "no values" in charts.histograms({"all": []}, None, "x")
+    assert "no values" in charts.histograms({"all": ([], [])}, None, "x")
 
 
 def test_curves_fall_when_values_fall_and_survive_odd_input():
@@ -64,7 +73,7 @@ def test_gantt_and_bars_scale_with_their_values():
 def test_names_in_plots_are_escaped():
     evil = "<script>"
     for svg in (charts.gantt([(evil, 0, 1)]), charts.bars([(evil, 1, "bad")]), charts.lines({evil: [(0, 1.0)]}, evil),
-                charts.histograms({evil: [1.0, 2.0]}, 1.5, evil), charts.legend([evil])):  # fmt: skip
+                charts.histograms({evil: ([1.0], [2.0])}, 1.5, evil), charts.legend([evil])):  # fmt: skip
         assert "<script" not in svg
         parse(svg)
 

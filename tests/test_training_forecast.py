@@ -120,3 +120,22 @@ def test_a_stated_peak_counts_more_than_the_default(monkeypatch):
     assert forecast.machine(1, 40, peak_tflops=100).peak == 100e12
     monkeypatch.delenv("VLMFLOW_PEAK_TFLOPS")
     assert forecast.machine(1, 40).peak == 989.5e12
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("model.vision.config.num_hidden_layer=3", "has no such field; did you mean 'num_hidden_layers'?"),
+        ("model.language.config.vocab=9", r"model\.language\.config\.vocab: Qwen2Config has no such field"),
+        ("model.language.config.model_type=qwenn2", "transformers knows no 'qwenn2'; did you mean 'qwen2'?"),
+        ("model.vision.config.hidden_size=97", r"model\.vision\.config: CLIPVisionConfig refuses these sizes.*97"),
+        (
+            "model.language.config.num_key_value_heads=3",
+            "num_attention_heads 4 is no multiple of num_key_value_heads 3",
+        ),
+    ],
+)
+def test_sizes_that_would_be_passed_over_or_cannot_work_are_refused(change, message):
+    with pytest.raises(ModelError, match=message) as error:
+        _plan(TINY, "sft", changes=[change])
+    assert len(str(error.value)) < 400

@@ -44,6 +44,8 @@ Processes = Annotated[
     ),
 ]
 
+PipelineOption = Annotated[str, typer.Option(help="Pipeline: points, curate, train, soup, evaluate, export.")]
+
 
 def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
@@ -62,12 +64,17 @@ def recipe_show(recipe: RecipeArgument, overrides: Overrides = None, output: Out
 
 
 @recipe_app.command("validate")
-def recipe_validate(recipe: RecipeArgument, overrides: Overrides = None, output: OutputOption = Output.text) -> None:
-    """Check the recipe, and that the points pipeline can run it; starts nothing."""
+def recipe_validate(
+    recipe: RecipeArgument,
+    overrides: Overrides = None,
+    pipeline: PipelineOption = "points",
+    output: OutputOption = Output.text,
+) -> None:
+    """Check the recipe, and that the pipeline can run it; starts nothing."""
     from vlmflow.digest import digest
     from vlmflow.preflight import resolve
 
-    loaded = resolve(recipe, overrides or [])
+    loaded = resolve(recipe, overrides or [], pipeline=pipeline)
     facts = {
         "name": loaded.name,
         "digest": digest(loaded),
@@ -85,11 +92,26 @@ def recipe_validate(recipe: RecipeArgument, overrides: Overrides = None, output:
 
 
 @app.command()
-def up(state_dir: StateOption = Path(".vlmflow"), output: OutputOption = Output.text) -> None:
+def up(
+    state_dir: StateOption = Path(".vlmflow"),
+    export: Annotated[
+        bool,
+        typer.Option(
+            "--export", help='Print the variables, keys included, for a shell: eval "$(vlmflow up --export)".'
+        ),
+    ] = False,
+    output: OutputOption = Output.text,
+) -> None:
     """Start the local object store and MLflow (idempotent)."""
+    import shlex
+
     from vlmflow import local_stack
 
     info = local_stack.up(state_dir, lambda text: typer.echo(text, err=True))
+    if export:
+        for name, value in local_stack.environment(info).items():
+            typer.echo(f"export {name}={shlex.quote(str(value))}")
+        return
     facts = {
         "store": info.root,
         "s3_endpoint": info.s3_endpoint,
@@ -134,7 +156,7 @@ def status(state_dir: StateOption = Path(".vlmflow"), output: OutputOption = Out
 def run(
     recipe: RecipeArgument,
     overrides: Overrides = None,
-    pipeline: Annotated[str, typer.Option(help="Pipeline: points, curate, train, soup, evaluate, export.")] = "points",
+    pipeline: PipelineOption = "points",
     parameter: Annotated[
         list[str] | None, typer.Option("--parameter", "-p", help="Further parameter of the pipeline, NAME=VALUE.")
     ] = None,

@@ -61,7 +61,8 @@ def suits(recipe: Recipe, pipeline: str) -> None:
     needs, problems = needs_of(pipeline), []
     if needs.tables and (unknown := sorted(set(recipe.data) - set(DATASETS))):
         problems.append(
-            f"data: the {pipeline} pipeline carries the datasets {list(DATASETS)}, the recipe also has {unknown}"
+            f"data: the {pipeline} pipeline carries the datasets {list(DATASETS)}, the recipe also has {unknown}; rename them: web is "
+            "what curation works on, sft the conversations, seed a small clean set; what belongs together may be sources of one dataset"
         )
     if needs.stages:
         problems += _order(recipe, pipeline)
@@ -83,7 +84,10 @@ def suits(recipe: Recipe, pipeline: str) -> None:
 
 def _order(recipe: Recipe, pipeline: str) -> list[str]:
     if unknown := [name for name in recipe.stages if name not in STAGES]:
-        return [f"stages: the {pipeline} pipeline runs {list(STAGES)}, the recipe also has {unknown}"]
+        return [
+            f"stages: the {pipeline} pipeline runs {list(STAGES)}, the recipe also has {unknown}; rename them, or train them one by one "
+            "with the pipeline train"
+        ]
     order = [name for name in STAGES if name in recipe.stages]
     if list(recipe.stages) == order:
         return []

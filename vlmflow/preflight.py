@@ -6,6 +6,7 @@ Each check either passes or raises the error that says what to do; the list of p
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -232,7 +233,8 @@ def _tars(shards: list[str], field: str) -> None:
     uris = expand(shards, field)
     for uri in uris[:: -(-len(uris) // LOOKED_FOR)]:
         try:
-            storage.size(uri)
+            with _named(f"{field}: {uri}"):
+                storage.size(uri)
         except NotFound as error:
             raise DataError(f"{field}: there is no tar at {uri}. Correct the recipe or put the tar there.") from error
 
@@ -272,7 +274,8 @@ def _size(field: str, uri: str, allow: frozenset[str]) -> int:
                 "the table. Start the server or correct the address, then run the same command again."
             ) from error
     try:
-        return storage.size(uri)
+        with _named(f"{field}: {uri}"):
+            return storage.size(uri)
     except NotFound as error:
         raise DataError(f"{field}: there is no table at {uri}. Correct the recipe or put the table there.") from error
 
@@ -316,11 +319,17 @@ def _ocr(spec: OcrSpec) -> list[tuple[str, str]]:
 def _training(ctx: Context) -> list[tuple[str, str]]:
     from vlmflow.training import launchers
 
+    rows = []
+    if importlib.util.find_spec("transformers"):  # not in the smallest image; the model's own step looks again
+        from vlmflow.models import config_fields
+
+        config_fields.check(ctx.recipe.model)
+        rows.append(("sizes of the model's random parts", "every field is known to transformers"))
     if launchers.chosen() != "trainjob":
-        return []
+        return rows
     from vlmflow.training.trainjob.preflight import check as check_cluster
 
-    return check_cluster(ctx.recipe)
+    return [*rows, *check_cluster(ctx.recipe)]
 
 
 def _alive(url: str, what: str) -> None:

@@ -165,10 +165,6 @@ def _sources(ctx: Context, dataset: str) -> list[Source]:
         shards = len(tars[name]) if name in tars else -(-rows // pull.samples_per_shard)
         first = sources[-1].first + sources[-1].shards if sources else 0
         sources.append(Source(name, specs[name], tables.get(name), tars.get(name, []), rows, first, shards))
-    if not any(source.shards for source in sources):
-        raise DataError(
-            f"data.{dataset}: its tables have 0 rows ({', '.join(s.spec.table or '' for s in sources)}); nothing to pull"
-        )
     return sources
 
 

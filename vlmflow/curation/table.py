@@ -144,8 +144,13 @@ def read_urls(
 
 
 def check_columns(table: Table, columns: Columns, field_name: str) -> None:
-    """Refuse a table that lacks a named column, from its first records; raises what `read_rows` raises."""
+    """Refuse a table that lacks a named column or has no row, from its first records; raises what `read_rows` raises."""
     _present(table, columns, field_name)
+    if not (count_rows(table) if table.parquet else any(True for _ in table_records.records(table, 0, 1))):
+        raise DataError(
+            f"{field_name}.table: {table.uri} has 0 rows, so this source would add nothing; was it cut, or written to another "
+            f"place? Correct the address, or take '{field_name.rsplit('.', 1)[-1]}' out of the recipe"
+        )
 
 
 def _present(table: Table, columns: Columns, field_name: str) -> Columns:

@@ -207,19 +207,40 @@ def datasets(dataset: str | None, model: str | None, state: Path) -> Iterator[li
         found = of_model(ref)
         if not found:
             raise DataError(
-                f"model '{ref.name}' names {len(ref.lineage.data)} manifests of data, and none of them lies in {_root(ref)}/manifests: "
-                "a soup names its ingredients instead (`parents`), and data may have been deleted. Name the dataset itself."
+                f"model '{ref.name}' and those it came from name manifests of data of which none lies in {_root(ref)}/manifests: they may have "
+                "been deleted. Name the dataset itself."
             )
         yield found
 
 
 def of_model(ref: ModelRef) -> list[Manifest]:
-    """The manifests that a model's lineage names, as far as they lie in the store that the model lies in."""
+    """The manifests that the lineages of a model and of all models it came from name, as far as they lie in its store."""
     from types import SimpleNamespace
 
     from vlmflow import ports
 
-    return list(ports.manifests_of(SimpleNamespace(root=_root(ref)), ref).values())  # type: ignore[arg-type]
+    data = list(dict.fromkeys(digest for model in _line(ref) for digest in model.lineage.data))
+    whole = ref.model_copy(update={"lineage": ref.lineage.model_copy(update={"data": data})})
+    return list(ports.manifests_of(SimpleNamespace(root=_root(ref)), whole).values())  # type: ignore[arg-type]
+
+
+def _line(ref: ModelRef) -> list[ModelRef]:
+    """A model and those it came from, stage by stage, as far as they lie in its store; a lineage names parents by their weights."""
+    from vlmflow.models.store import load_ref
+
+    known: dict[str, list[ModelRef]] = {}
+    if ref.lineage.parents:
+        for item in storage.list_uris(storage.join(_root(ref), "models")):
+            if item.uri.endswith("/model.json"):
+                model = load_ref(item.uri)
+                known.setdefault(model.weights_sha256, []).append(model)
+    line, seen, asked = [ref], {ref.weights_sha256}, list(ref.lineage.parents)
+    while asked:
+        if (sha := asked.pop()) not in seen:
+            seen.add(sha)
+            line += (found := known.get(sha, []))
+            asked += [parent for model in found for parent in model.lineage.parents]
+    return line
 
 
 def _root(ref: ModelRef) -> str:
@@ -281,8 +302,9 @@ def as_text(found: dict[str, Any]) -> str:
         for e in found["lineage"]
     ]
     head = "not in the dataset" if found["found"] == "failed" else found["state"]
+    wide = max(len(name) for name, _ in rows) + 2
     return "\n".join(
-        [f"{found['key']}: {head}", *(f"  {name:<16}{_shown(value)}" for name, value in rows if value is not None)]
+        [f"{found['key']}: {head}", *(f"  {name:<{wide}}{_shown(value)}" for name, value in rows if value is not None)]
     )
 
 

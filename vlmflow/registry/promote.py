@@ -81,10 +81,26 @@ def reconcile(
         return waiting or Outcome(name, "unchanged", _number(current), str(holder or ""), "no newer candidate passes")
 
 
+def _candidate(mlflow: MlflowClient, name: str, version: str) -> Any:
+    """A version of NAME-candidates. Raises RegistryError naming those that there are."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return mlflow.get_model_version(candidates_of(name), version)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        known = [str(found.version) for found in _newest_first(mlflow, candidates_of(name))]
+        there = (
+            f"it has {', '.join(known[:10])}" if known else f"no recipe with registry.model '{name}' registered any yet"
+        )
+        raise RegistryError(f"{candidates_of(name)} has no version {version}: {there}") from error
+
+
 def verdict(mlflow: MlflowClient, name: str, version: str, asked: policy.Policy) -> list[GateResult]:
     """Judge one candidate now, hashes included. Raises RegistryError when it does not exist."""
     with tracking.translated(f"reading candidate {version} of {name}"):
-        candidate = mlflow.get_model_version(candidates_of(name), version)
+        candidate = _candidate(mlflow, name, version)
         current = _champion(mlflow, name)
         champion = _dossier(mlflow, current) if current is not None else None
         return policy.judge(_dossier(mlflow, candidate), champion, asked, candidate.tags)
@@ -98,7 +114,7 @@ def promote(mlflow: MlflowClient, name: str, version: str, asked: policy.Policy,
     """
     results = verdict(mlflow, name, version, asked)
     with tracking.translated(f"promoting candidate {version} of {name}"):
-        candidate = mlflow.get_model_version(candidates_of(name), version)
+        candidate = _candidate(mlflow, name, version)
         if why := candidate.tags.get(WITHDRAWN):
             raise RegistryError(
                 f"candidate {version} of {name} was withdrawn ({why}); delete its tag {WITHDRAWN} to offer it again"

@@ -31,8 +31,9 @@ def tracking_uri() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     if not uri:
         raise RegistryError(
-            "MLFLOW_TRACKING_URI is not set: runs and models are recorded in MLflow. On a laptop `vlmflow up` starts "
-            "a server and `vlmflow run` sets the variable; on a cluster it comes from mounted configuration."
+            "MLFLOW_TRACKING_URI is not set: runs and models are recorded in MLflow. On a laptop "
+            '`eval "$(vlmflow up --export)"` starts a server and sets it, as `vlmflow run` does for itself; '
+            "on a cluster it comes from mounted configuration."
         )
     return uri.rstrip("/")
 

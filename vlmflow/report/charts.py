@@ -48,7 +48,7 @@ def lines(
     label: str,
     log: bool = False,
     width: int = 520,
-    height: int = 200,
+    height: int = 216,
     faint: str = "",
 ) -> Safe:
     """Curves over steps. `log`: logarithmic y axis. Points that are not finite (or not positive on a log axis) are left
@@ -59,7 +59,7 @@ def lines(
     every = [point for points in shown.values() for point in points]
     if not every:
         return el("p", f"{label}: no values", cls="note")
-    left, right, top, bottom = 56, 10, 20, 24
+    left, right, top, bottom = 56, 10, 20, 40
     low, high = min(y for _, y in every), max(y for _, y in every)
     low, high = (low, high * 1.05) if log else (min(low, 0.0), high * 1.05 if high > 0 else 1.0)
     if not high > low:
@@ -81,7 +81,8 @@ def lines(
         ]
     for x in ticks(first, last, 6):
         if x == int(x):
-            marks.append(_text(sx(x), height - 8, str(int(x)), "middle"))
+            marks.append(_text(sx(x), height - bottom + 16, str(int(x)), "middle"))
+    marks.append(_text(width - right, height - 6, "optimizer step", "end"))
     number = 0
     for name, points in shown.items():
         path = " ".join(f"{sx(x):.1f},{sy(y):.1f}" for x, y in points)
@@ -100,14 +101,19 @@ def lines(
 
 
 def histograms(
-    groups: Mapping[str, Sequence[float]], cut: float | None, axis: str, bins: int = 44, width: int = 1060
+    groups: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    cut: float | None,
+    axis: str,
+    bins: int = 44,
+    width: int = 1060,
 ) -> Safe:
     """One histogram a group, one above the other on a common logarithmic x axis, with the cut through all of them.
 
-    Values must be positive. The part at or below the cut is in the colour of what is kept. Each panel has its own y
-    scale, named at its left, because the groups differ in size.
+    A group is (kept values, removed values), positive; a bar stacks the two by what became of the samples, because a bin may
+    hold both. Each panel has its own y scale, named at its left, because the groups differ in size.
     """
-    values = [v for group in groups.values() for v in group if v > 0 and math.isfinite(v)]
+    shown = {name: [[v for v in part if v > 0 and math.isfinite(v)] for part in both] for name, both in groups.items()}
+    values = [v for both in shown.values() for part in both for v in part]
     if not values:
         return el("p", "no values", cls="note")
     low, high = min(values) / 1.02, max(values) * 1.02
@@ -119,29 +125,27 @@ def histograms(
     def sx(v: float) -> float:
         return left + math.log(v / low) / math.log(high / low) * (width - left - right)
 
-    # The cut is made a border between two bins, so that no bin is part kept and part not.
     edges = [low * (high / low) ** (k / bins) for k in range(bins + 1)]
-    if cut and low < cut < high:
-        nearest = min(range(1, bins), key=lambda k: abs(math.log(edges[k] / cut)))
-        edges[nearest] = cut
     marks: list[Safe] = []
-    for row, (name, group) in enumerate(groups.items()):
+    for row, (name, both) in enumerate(shown.items()):
         base = top + row * (panel + gap) + panel
-        counts = [0] * bins
-        for v in group:
-            if v > 0 and math.isfinite(v):
-                counts[next((k for k in range(bins) if v <= edges[k + 1]), bins - 1)] += 1
-        most = max(counts) or 1
-        marks.append(_text(left, base - panel - 6, f"{name} ({count(len(group))})", cls="t strong"))
+        counts = [[0] * bins for _ in both]
+        for k, part in enumerate(both):
+            for v in part:
+                counts[k][min(int(math.log(v / low) / math.log(high / low) * bins), bins - 1)] += 1
+        most = max(map(sum, zip(*counts, strict=True))) or 1
+        marks.append(_text(left, base - panel - 6, f"{name} ({count(sum(map(len, both)))})", cls="t strong"))
         for y in sorted({t for t in ticks(0, most, 3) if t == int(t)}):
             sy = base - y / most * panel
             marks += [_line(left, sy, width - right, sy, "grid"), _text(left - 6, sy + 3.5, str(int(y)), "end")]
-        for k, n in enumerate(counts):
-            if n:
-                x, y = sx(edges[k]), base - n / most * panel
-                kept = cut is not None and edges[k + 1] <= cut * (1 + 1e-12)
-                title = f"{short(edges[k])} to {short(edges[k + 1])}: {n}"
-                marks.append(_rect(x + 0.6, y, sx(edges[k + 1]) - x - 1.2, base - y, "kept" if kept else "gone", title))
+        for k in range(bins):
+            x, y, span = sx(edges[k]), float(base), f"{short(edges[k])} to {short(edges[k + 1])}"
+            for cls, word, part in (("kept", "kept", counts[0]), ("gone", "removed", counts[1])):
+                if n := part[k]:
+                    y -= n / most * panel
+                    marks.append(
+                        _rect(x + 0.6, y, sx(edges[k + 1]) - x - 1.2, n / most * panel, cls, f"{span}, {word}: {n}")
+                    )
         marks.append(_line(left, base, width - right, base, "axis"))
     floor = height - bottom
     for v in log_ticks(low, high):

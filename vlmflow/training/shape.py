@@ -71,8 +71,10 @@ def recipe_config(spec: ModelSpec) -> Any:
     Raises:
         ModelError: a configuration that is not on this machine (names the file), or parts that do not fit.
     """
+    from vlmflow.models import config_fields
     from vlmflow.models.points.configuration_points import PointsConfig
 
+    config_fields.check(spec)
     language = _part(spec.language, "model.language", spec.trust_remote_code)
     if "model_type" not in language:
         raise ModelError("model.language: give a source, or a config with model_type (for instance qwen2)")

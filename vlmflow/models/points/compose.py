@@ -14,12 +14,14 @@ from torch import nn
 from transformers import AutoModelForCausalLM, CLIPVisionModel
 
 from vlmflow.errors import ModelError
+from vlmflow.models import config_fields
 from vlmflow.models.points.configuration_points import PointsConfig, _text, _vision
 from vlmflow.models.points.modeling_points import PointsForConditionalGeneration, PointsProjector, trim_tower
 
 
 def compose(model: Any, tokenizer: Any, image_token_id: int, seed: int, dtype: torch.dtype | None) -> Any:
     """See `vlmflow.models.points.family.build`."""
+    config_fields.check(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         side = model.tiling.tile

@@ -22,7 +22,7 @@ def section(page: Page) -> Safe:
     if page.chosen is None or page.chosen not in page.inputs.scores:
         return absent("No chosen model was evaluated.")
     parts = [
-        el("p", f"{page.name(page.chosen)}, report split, every so-many-th question: not picked by hand.", cls="lead")
+        el("p", f"{page.name(page.chosen)}, report split: questions spaced evenly, not picked by hand.", cls="lead")
     ]
     for benchmark in page.benchmarks:
         score = page.score(page.chosen, benchmark)

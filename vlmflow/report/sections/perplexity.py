@@ -25,12 +25,13 @@ def section(page: Page) -> Safe:
     planted = [(row, value) for row, value in scored if row.planted]
     others = [(row, value) for row, value in scored if not row.planted]
     name = "all samples" if not planted else "web captions"
-    groups = {name: [value for _, value in others]}
+    groups = {name: _by_fate(others)}
     if planted:
-        groups["planted rare facts"] = [value for _, value in planted]
+        groups["planted rare facts"] = _by_fate(planted)
     parts = [
         el("p", "Perplexity of the fused caption's tokens and its end token under model P, lower is more familiar; the lowest "
-           "share stays (POINTS eq. 3). The demo planted captions with facts that appear once, to see them go.", cls="lead"),
+           "share stays (POINTS eq. 3)." + (" The demo planted captions with facts that appear once, to see them go." if planted else ""),
+           cls="lead"),
         charts.legend(["kept", "removed"], ["kept", "gone"]),
         charts.histograms(groups, cut, "perplexity, logarithmic"),
     ]  # fmt: skip
@@ -45,6 +46,14 @@ def section(page: Page) -> Safe:
             note(f"Drawn from {count(len(page.rows))} of {count(manifest.samples)} samples, in shards evenly spaced.")
         )
     return join(parts)
+
+
+def _by_fate(scored: Sequence[tuple[Row, float]]) -> tuple[list[float], list[float]]:
+    """Perplexities of the samples that were kept, and of those that were not."""
+    kept, removed = [], []
+    for row, value in scored:
+        (kept if row.get("keep", "keep") else removed).append(value)
+    return kept, removed
 
 
 def _counts(others: Sequence[Row], planted: Sequence[Row]) -> Safe:

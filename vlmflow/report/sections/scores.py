@@ -129,8 +129,15 @@ def _selection(page: Page) -> Safe:
     entries = {name: e["selection"] for name, e in page.soup_entries.items() if isinstance(e.get("selection"), dict)}
     if not entries:
         return join([el("h3", "Selection split"), absent("No scores on the selection split were handed in.")])
-    names = list(dict.fromkeys(b for s in entries.values() for b in s.get("benchmarks", {})))
-    rows = []
+    scored = dict.fromkeys(b for s in entries.values() for b in s.get("benchmarks", {}))
+    names = [*(b for b in page.benchmarks if b in scored), *(b for b in scored if b not in page.benchmarks)]
+    levels = [
+        next((s["benchmarks"][b].get("chance") for s in entries.values() if b in s.get("benchmarks", {})), None)
+        for b in names
+    ]
+    known = [level for level in levels if level is not None]
+    mean = percent(sum(known) / len(known)) if known and len(known) == len(names) else ""
+    rows: list[list[Any]] = [["chance", *(percent(level) if level is not None else "" for level in levels), mean]]
     for model, scores in entries.items():
         marks = [" ", tag("chosen", "good")] if (page.inputs.soup or {}).get("chosen") == model else []
         cells: list[Any] = [join([model, *marks])]

@@ -130,7 +130,10 @@ def _rates(log: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
         for name, value in pairs:
             if (known := number(value)) is not None:
                 found.setdefault(str(name), []).append((step, known))
-    return found
+    together: dict[tuple[tuple[float, float], ...], list[str]] = {}
+    for name, points in found.items():  # equal curves would hide each other
+        together.setdefault(tuple(points), []).append(name.removesuffix(" (no decay)"))
+    return {", ".join(dict.fromkeys(names)): list(points) for points, names in together.items()}
 
 
 def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
