@@ -62,7 +62,8 @@ def _check(configuration: Any, fields: dict[str, Any], where: str) -> None:
 
     from huggingface_hub.errors import StrictDataclassError
 
-    if is_dataclass(configuration):
+    strict: bool = is_dataclass(configuration)
+    if strict:
         known = {f.name for f in declared(configuration)} | set(configuration.attribute_map) | EVERYWHERE
         if strangers := sorted(set(fields) - known):
             raise ModelError(
