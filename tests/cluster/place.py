@@ -84,8 +84,8 @@ class Place:
 
     # Helm
 
-    def install(self, values: Json) -> Json:
-        return self.helm.install(str(chart_case.CHART), RELEASE, values, namespace=self.namespace, timeout=TIMEOUT, wait="legacy")  # fmt: skip
+    def install(self, values: Json, wait: str = "legacy") -> Json:
+        return self.helm.install(str(chart_case.CHART), RELEASE, values, namespace=self.namespace, timeout=TIMEOUT, wait=wait)  # fmt: skip
 
     def upgrade(self, values: Json) -> Json:
         return self.helm.upgrade(str(chart_case.CHART), RELEASE, values, namespace=self.namespace, timeout=TIMEOUT, wait="legacy")  # fmt: skip

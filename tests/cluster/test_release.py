@@ -76,6 +76,21 @@ def test_install_upgrade_rollback_uninstall(place: Callable[..., Place], case: s
     here.until(lambda: here.left() == KEPT.get(case, set()), f"only what is meant to stay; now {sorted(here.left())}")
 
 
+def test_an_installation_grows_and_shrinks(place: Callable[..., Place]) -> None:
+    """The matrix as upgrades of one release: nothing immutable is in the way, and what is no longer wanted goes."""
+    here = place("growing")
+    here.install(values("default"))
+    smallest = here.everything() - {each for each in here.everything() if each[0] in ("Secret", "Pod", "ReplicaSet", "EndpointSlice")}  # fmt: skip
+    for case in ("minio", "evaluation", "production"):
+        here.upgrade(values(case))
+    assert here.refusals() == []
+    here.upgrade(values("default"))
+    kept = KEPT["evaluation"]
+    here.until(lambda: {each for each in here.left() if each[0] in {kind for kind, _ in smallest}} <= smallest | kept, "the smallest again")  # fmt: skip
+    here.uninstall()
+    here.until(lambda: here.left() == kept, "only the volumes")
+
+
 def _chart() -> Any:
     return helm_python.Chart.load(str(chart.CHART))
 
