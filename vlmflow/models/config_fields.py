@@ -63,10 +63,11 @@ def _check(configuration: Any, fields: dict[str, Any], where: str) -> None:
     from huggingface_hub.errors import StrictDataclassError
 
     if is_dataclass(configuration):
-        known = {f.name for f in declared(configuration)} | set(configuration.attribute_map) | EVERYWHERE
+        names: Any = configuration
+        known = {f.name for f in declared(names)} | set(names.attribute_map) | EVERYWHERE
         if strangers := sorted(set(fields) - known):
             raise ModelError(
-                f"{where}.{strangers[0]}: {configuration.__name__} has no such field{_alike(strangers[0], sorted(known))} It would "
+                f"{where}.{strangers[0]}: {names.__name__} has no such field{_alike(strangers[0], sorted(known))} It would "
                 "be passed over, and the model would get another size than you wrote. Correct or remove it"
             )
     try:

@@ -140,8 +140,8 @@ def histograms(
             marks += [_line(left, sy, width - right, sy, "grid"), _text(left - 6, sy + 3.5, str(int(y)), "end")]
         for k in range(bins):
             x, y, span = sx(edges[k]), float(base), f"{short(edges[k])} to {short(edges[k + 1])}"
-            for cls, word, part in (("kept", "kept", counts[0]), ("gone", "removed", counts[1])):
-                if n := part[k]:
+            for cls, word, counted in (("kept", "kept", counts[0]), ("gone", "removed", counts[1])):
+                if n := counted[k]:
                     y -= n / most * panel
                     marks.append(
                         _rect(x + 0.6, y, sx(edges[k + 1]) - x - 1.2, n / most * panel, cls, f"{span}, {word}: {n}")

@@ -50,7 +50,8 @@ def section(page: Page) -> Safe:
 
 def _by_fate(scored: Sequence[tuple[Row, float]]) -> tuple[list[float], list[float]]:
     """Perplexities of the samples that were kept, and of those that were not."""
-    kept, removed = [], []
+    kept: list[float] = []
+    removed: list[float] = []
     for row, value in scored:
         (kept if row.get("keep", "keep") else removed).append(value)
     return kept, removed
