@@ -69,8 +69,6 @@ def kind_of(word: str) -> str:
 
 
 _EDGES = "\"'“”‘’«»()[]{}<>.,;:!?…*=+^~|/\\`-–—_&"
-_OPENING = "\"'“‘«(["
-_CLOSING = "\"'”’»)]"
 _JOINED = re.compile(r"^([A-Za-z]*[a-z]{2,})[-_]?(\d{1,3})$|^(\d{1,3})[-_]?([a-z]{3,})$")  # digit-7, digit7, 4bars
 
 

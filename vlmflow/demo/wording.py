@@ -12,8 +12,6 @@ VOCABULARY = (
 )  # fmt: skip
 """The 12 nouns that appear in pictures of words: guessing one of them at random is right 1 time in 12."""
 
-NUMBER_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-
 ASK_DIGIT = "What digit is this?"
 ASK_WORD = "What word is written here?"
 ASK_PAIR = "What two digits are these?"

@@ -9,8 +9,6 @@ from pydantic import Field, model_validator
 from vlmflow.recipe.base import Name, Section, Share
 from vlmflow.recipe.stage import DataUse
 
-SoupKind = Literal["maximum", "average", "greedy"]
-
 
 class SoupSpec(Section):
     """Candidates that share a start, and how their weights are combined (POINTS 3.3)."""
