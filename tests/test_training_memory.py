@@ -183,6 +183,15 @@ def test_states_are_divided_as_each_stage_says():
         memory.footprint(size, pack, 0, 1, "bf16")
 
 
+def test_zero_3_has_what_it_gathers_last_twice():
+    """In the buffer of the collective, and copied out of it; a large model only as much as is gathered at once."""
+    pack, none = memory_pack(saved=10**12), memory.Size(total=1000, trainable=0, small=0, largest=100)
+    assert memory.footprint(none, pack, 3, 2, "bf16").parts["gathered weights"] == 2 * 2 * 1000
+    assert "gathered weights" not in memory.footprint(none, pack, 3, 1, "bf16").parts
+    large = memory.Size(total=10**10, trainable=0, small=0, largest=100)
+    assert memory.footprint(large, pack, 3, 2, "bf16").parts["gathered weights"] == 2 * (memory.LIVE + memory.PREFETCH)
+
+
 def test_gradients_of_an_earlier_pack_lie_there_already():
     size, pack = memory.Size(1000, 1000, 0, 100), memory_pack(saved=50_000)
     once = memory.footprint(size, pack, 0, 1, "fp32", micros=1)

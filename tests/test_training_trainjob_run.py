@@ -62,6 +62,13 @@ class Place:
         made = world.recipe(**{**STAGE, **stage})
         return Context(made, storage.join(BUCKET, name), self.folder / name / "scratch", "test")
 
+    def weights(self, ref: ModelRef) -> dict[str, Any]:
+        """Published tensors by name."""
+        from safetensors.torch import load
+
+        (file,) = [file.path for file in ref.files if file.path.endswith(".safetensors")]
+        return load(storage.read_bytes(storage.join(ref.uri, file)))
+
     def train(self, name: str, **stage: Any) -> ModelRef:
         return training.run(self.context(name, **stage), "sft", self.init, {"seed": self.data})
 
@@ -133,6 +140,22 @@ def test_two_nodes_publish_what_two_local_processes_do(
     shown = capsys.readouterr().err
     assert "2 nodes with 1 processes each" in shown and "16 steps of" in shown and "projector" in shown
     assert storage.list_uris(storage.join(BUCKET, "cluster", "checkpoints")) == []
+
+
+def test_two_nodes_of_two_ranks_learn_what_one_process_does(
+    place: Place, nodes: Kubelet, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """`benchmarks/train_nodes.py` compares the bits with four local processes."""
+    pools = {"pools": {"default": {"gpus": 0, "processes": 2}}}
+    monkeypatch.setenv(settings.VARIABLE, yaml.safe_dump(INSTALLATION | pools))
+    stage = {"packs": 4, "max_steps": 4}
+    ref = place.train("wide", processes=4, **stage)
+    assert nodes.codes == [[0, 0]] and "2 nodes with 2 processes each" in capsys.readouterr().err
+    monkeypatch.setenv(launchers.VARIABLE, "local")
+    one = place.train("one", processes=1, **stage)
+    found, expected, begun = (place.weights(model) for model in (ref, one, place.init))
+    assert max(float((found[n] - expected[n]).abs().max()) for n in expected) < 1e-5
+    assert max(float((found[n] - begun[n]).abs().max()) for n in begun) > 1e-2
 
 
 def test_a_killed_node_restarts_all_and_the_model_is_the_same(place: Place, nodes: Kubelet) -> None:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 STAGES = (0, 1, 2, 3)
 BUCKET = 500_000_000  # gradient elements reduced at once (engine.py: DeepSpeed's default)
+PREFETCH = 50_000_000  # elements that ZeRO 3 gathers at once (DeepSpeed's stage3_prefetch_bucket_size)
 LIVE = 1_000_000_000  # elements that ZeRO 3 keeps gathered (DeepSpeed's stage3_max_live_parameters)
 PERSIST = 100_000  # ZeRO 3 keeps smaller parameters whole in models above SMALL parameters (engine.py)
 SMALL = 100_000_000
@@ -122,7 +123,9 @@ def footprint(
     if zero == 3:
         whole = size.small
         parts["weights"] = width * (whole + (size.total - whole) / ranks)
-        parts["gathered weights"] = width * min(size.total, max(LIVE, size.largest)) if ranks > 1 else 0
+        # Gathered into one buffer and copied out of it, so what is gathered last is there twice.
+        gathered = min(size.total, max(LIVE, size.largest)) + min(size.total, PREFETCH)
+        parts["gathered weights"] = width * gathered if ranks > 1 else 0
     parts["fp32 masters"] = 4 * share if zero else 0
     parts["moments"] = 8 * share
     parts["moving average"] = 4 * share if ema else 0
