@@ -28,9 +28,7 @@ from vlmflow.curation.hosts import Hosts, Slots, retry_after
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 RETRIED_STATUS = frozenset({429, 500, 502, 503, 504})
 BUSY = frozenset({"http_429", "http_503"})  # the host asks to be left alone for a while
-IN_MEMORY = (
-    16 << 20
-)  # bytes of bodies in memory over all open requests, above which a body beyond its share goes to disk
+IN_MEMORY = 16 << 20  # bytes of bodies in memory over all open requests; above it, a body beyond its share goes to disk
 TICK = 0.2  # seconds between looks at the clocks
 STEP = 64 << 10  # bytes of a compressed body that are unpacked at a time
 

@@ -4,11 +4,11 @@ Registered as `vlmflow_varlen`: where a forward carries `cu_seq_lens_q`, every s
 does not (generation with a cache and padding, encoders), it is plain `sdpa`. A dense pack mask costs the square of the
 pack and is slower than padding at 4096 tokens (training.md C.1).
 
-On CUDA in 16 bits torch's own varlen flash kernel runs, where it takes the heads and the GPU. Elsewhere every segment goes through a causal SDPA of its own, on
-views of the pack: half the time of padding segments of similar length into one call, because the padding costs its square
-and the copies. Only short segments, whose work is less than a call, are right-padded into common ones: a padded key lies
-behind every real query, so no mask is needed. Each is padded to its own next multiple of STEP, never to its neighbours'
-length, so that its result has the same bits whatever it is packed with.
+On CUDA in 16 bits torch's own varlen flash kernel runs, where it takes the heads and the GPU. Elsewhere every segment goes
+through a causal SDPA of its own, on views of the pack: half the time of padding segments of similar length into one call,
+because the padding costs its square and the copies. Only short segments, whose work is less than a call, are right-padded
+into common ones: a padded key lies behind every real query, so no mask is needed. Each is padded to its own next multiple
+of STEP, never to its neighbours' length, so that its result has the same bits whatever it is packed with.
 """
 
 from __future__ import annotations
