@@ -218,7 +218,7 @@ def test_any_pipeline_runs_with_its_own_parameters(given, tmp_path):
 @pytest.mark.parametrize(
     ("pipeline", "asked", "said"),
     [
-        ("train", {"stage": "align"}, r"needs --parameter model=\.\.\.: model is the Model to start from"),
+        ("train", {"stage": "align"}, r"needs --parameter model=\.\.\. \(Model to start from: URI"),
         ("curate", {"groups": 3}, "has no parameter groups to set here; it has model"),
         ("curate", {"shard_groups": 3}, "has no parameter shard_groups.*--processes"),
     ],
