@@ -114,7 +114,9 @@ def _check_parameters(pipeline: str, given: Mapping[str, Any], forms: Mapping[st
     if missing := [name for name in free if "defaultValue" not in forms[name] and name not in given]:
         raise RecipeError(
             f"the pipeline '{pipeline}' needs "
-            + ", ".join(f"--parameter {name}=... ({forms[name].get('description', '').rstrip('.')})" for name in missing)
+            + ", ".join(
+                f"--parameter {name}=... ({forms[name].get('description', '').rstrip('.')})" for name in missing
+            )
         )
 
 
