@@ -15,11 +15,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import statistics
 import subprocess
 import sys
 import tarfile
 import tempfile
+from collections import defaultdict
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--img2dataset", type=Path, help="its command, in a venv of its own; else only ours is measured"
     )
     parser.add_argument("--images", type=int, default=4000)
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each contender, in turn; the median counts")
     parser.add_argument(
         "--work", type=Path, default=Path(tempfile.gettempdir()) / "vlmflow-bench-pull", help="corpus and runs"
     )
@@ -77,22 +81,22 @@ class _Bench:
         print(f"{'':44} {'images':>6} {'CPU s':>7} {'img/CPU-s':>9} {'wall s':>7} {'PSS MiB':>8} {'RSS MiB':>8}")
         clean, few = self.table("clean", good), self.table("few", good[:WARM])
         resize = {"resize": {"side": 512}}
-        for name, settings in (("structure", {"proof": "structure"}), ("decode", {}), ("resize 512", resize)):
-            self.ours(f"ours, {name}", clean, few, settings, count)
         if theirs is None:
             print(
                 "img2dataset: not measured. python3.11 -m venv V; V/bin/pip install img2dataset; then --img2dataset V/bin/img2dataset"
             )
-        else:
-            for name, flags in (
-                ("as it came, unchecked", ASIS),
-                ("full decode, kept", CHECKED),
-                ("resize 512", RESIZED),
-            ):
-                for processes in (1,) if flags is RESIZED else (1, 2):  # its codecs cost the same in either
-                    self.theirs(f"img2dataset, {name}, {processes} proc", clean, few, flags, processes, count)
-        for name, settings in (("resize 512", resize), ("decode", {}), ("structure", {"proof": "structure"})):
-            self.ours(f"ours, {name} (again)", clean, few, settings, count)
+        contenders = [
+            partial(self.ours, f"ours, {name}", clean, few, settings, count)
+            for name, settings in (("structure", {"proof": "structure"}), ("decode", {}), ("resize 512", resize))
+        ]
+        for name, flags in (("as it came, unchecked", ASIS), ("full decode, kept", CHECKED), ("resize 512", RESIZED)):
+            for processes in (1,) if flags is RESIZED else (1, 2):  # its codecs cost the same in either
+                if theirs is not None:
+                    label = f"img2dataset, {name}, {processes} proc"
+                    contenders.append(partial(self.theirs, label, clean, few, flags, processes, count))
+        for number in range(1 if self.arguments.quick else self.arguments.rounds):
+            for contender in contenders if number % 2 == 0 else reversed(contenders):
+                contender()
         self.faults(good)
         return {"images": count, "bytes": sum(p.stat().st_size for p in self.paths), "rows": self.rows, "ratios": self.ratios(),
                 "versions": self.versions()}  # fmt: skip
@@ -150,9 +154,8 @@ class _Bench:
     ) -> None:
         if not re.search(self.arguments.only, name):
             return
-        key = name.removesuffix(" (again)")
-        if few is not None and key not in self.startup:
-            self.startup[key] = watched.run(command(few), environment).cpu
+        if few is not None and name not in self.startup:
+            self.startup[name] = statistics.median(watched.run(command(few), environment).cpu for _ in range(3))
         found = watched.run(command(table), environment)
         if found.code:
             raise SystemExit(f"{name} ended with {found.code}:\n{found.out[-3000:]}")
@@ -160,8 +163,8 @@ class _Bench:
         row: dict[str, Any] = {"name": name, "images": kept, "cpu_s": round(found.cpu, 2), "wall_s": round(found.wall, 2),
                                "pss_mib": round(found.pss), "rss_mib": round(found.largest)}  # fmt: skip
         if few is not None:
-            row["startup_cpu_s"] = round(self.startup[key], 2)
-            row["per_cpu_s"] = round((kept - WARM) / max(found.cpu - self.startup[key], 1e-6), 1)
+            row["startup_cpu_s"] = round(self.startup[name], 2)
+            row["per_cpu_s"] = round((kept - WARM) / max(found.cpu - self.startup[name], 1e-6), 1)
         self.rows.append(row)
         rate = f"{row['per_cpu_s']:9.0f}" if few is not None else " " * 9
         print(
@@ -193,11 +196,14 @@ class _Bench:
         return kept
 
     def ratios(self) -> dict[str, float]:
-        """Images per CPU-second, ours (the slower of two runs) over img2dataset's best number of processes."""
+        """Images per CPU-second, medians over the rounds: ours over img2dataset's best number of processes."""
+        rates: dict[str, list[float]] = defaultdict(list)
+        for row in self.rows:
+            if "per_cpu_s" in row:
+                rates[row["name"]].append(row["per_cpu_s"])
 
-        def best(pattern: str, choose: Any) -> float | None:
-            found = [row["per_cpu_s"] for row in self.rows if re.match(pattern, row["name"]) and "per_cpu_s" in row]
-            return choose(found) if found else None
+        def best(start: str) -> float:
+            return max((statistics.median(found) for name, found in rates.items() if name.startswith(start)), default=0)
 
         pairs = {
             "originals, structure / its unchecked": ("ours, structure", "img2dataset, as it came"),
@@ -208,7 +214,7 @@ class _Bench:
         }
         found = {}
         for name, (mine, other) in pairs.items():
-            ours, theirs = best(mine, min), best(other, max)
+            ours, theirs = best(mine), best(other)
             if ours and theirs:
                 found[name] = round(ours / theirs, 2)
                 print(f"{name:44} {found[name]:6.2f} x")
