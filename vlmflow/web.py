@@ -7,12 +7,14 @@ resolution and at every redirect; proxies and other schemes are not used.
 
 from __future__ import annotations
 
+import base64
 import http.client
+import os
 import socket
 import urllib.request
 from collections.abc import Iterable
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit, urlunsplit
 
 from vlmflow.curation.guards import ForbiddenAddress, is_public
 
@@ -82,3 +84,18 @@ def without_credentials(url: str) -> str:
     if not parts.netloc:
         return url
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+
+
+def mlflow_login(uri: str) -> dict[str, str]:
+    """The header by which MLflow's client logs in at `uri`: a server with logins tells strangers not even its version.
+
+    User and password of the environment, else those that the address carries, else the token of the environment.
+    """
+    user, password = (os.environ.get(f"MLFLOW_TRACKING_{part}", "") for part in ("USERNAME", "PASSWORD"))
+    parts = urlsplit(uri)
+    if not user and parts.username:
+        user, password = unquote(parts.username), unquote(parts.password or "")
+    if user:
+        return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
+    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
+    return {"Authorization": f"Bearer {token}"} if token else {}

@@ -7,17 +7,15 @@ has already opened a run for the task (`MLFLOW_RUN_ID`, platform.md 1.6), that r
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote, urlsplit
 
 from vlmflow.errors import RegistryError
-from vlmflow.web import without_credentials
+from vlmflow.web import mlflow_login, without_credentials
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -94,25 +92,13 @@ def check_answers(uri: str) -> None:
 
 def server_version(uri: str) -> str:
     """Version of the tracking server, such as "3.17.2". Raises RegistryError when it does not say."""
-    login, uri = _login(uri), without_credentials(uri).rstrip("/")
+    login, uri = mlflow_login(uri), without_credentials(uri).rstrip("/")
     try:
         asked = urllib.request.Request(f"{uri}/version", headers=login)
         with urllib.request.urlopen(asked, timeout=HEALTH_SECONDS) as answer:
             return answer.read(100).decode().strip()
     except (OSError, ValueError) as error:
         raise RegistryError(f"the server at {uri} does not say which version of MLflow it is ({error})") from error
-
-
-def _login(uri: str) -> dict[str, str]:
-    """The header by which MLflow's client logs in: a server with logins tells strangers not even its version."""
-    user, password = (os.environ.get(f"MLFLOW_TRACKING_{part}", "") for part in ("USERNAME", "PASSWORD"))
-    parts = urlsplit(uri)
-    if not user and parts.username:  # the address carries them
-        user, password = unquote(parts.username), unquote(parts.password or "")
-    if user:
-        return {"Authorization": "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()}
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    return {"Authorization": f"Bearer {token}"} if token else {}
 
 
 @contextlib.contextmanager

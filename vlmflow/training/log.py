@@ -7,7 +7,6 @@ not cost a step. A server that is down is reported once and training goes on.
 
 from __future__ import annotations
 
-import base64
 import json
 import math
 import os
@@ -18,9 +17,9 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import quote
 
-from vlmflow.web import without_credentials
+from vlmflow.web import mlflow_login, without_credentials
 
 BATCH = 900  # MLflow takes 1000 metrics a request
 INTERVAL = 2.0  # seconds between requests
@@ -108,7 +107,7 @@ class Tracker:
         params: dict[str, str],
     ) -> None:
         self.uri, self.run_id, self.prefix = without_credentials(uri).rstrip("/"), run_id, prefix
-        self._given = urlsplit(uri)
+        self._login = mlflow_login(uri)
         self.experiment, self.name, self.tags, self.params = experiment, name, tags, params
         self.problem = ""
         self._owns, self._status = not os.environ.get("MLFLOW_RUN_ID"), "FINISHED"
@@ -194,15 +193,8 @@ class Tracker:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self.uri}/api/2.0/mlflow/{path}", data, method=method)
         request.add_header("Content-Type", "application/json")
-        user, token = os.environ.get("MLFLOW_TRACKING_USERNAME"), os.environ.get("MLFLOW_TRACKING_TOKEN")
-        password = os.environ.get("MLFLOW_TRACKING_PASSWORD")
-        if not user and self._given.username:  # the address carries them
-            user, password = unquote(self._given.username), unquote(self._given.password or "")
-        if user:
-            secret = f"{user}:{password or ''}"
-            request.add_header("Authorization", "Basic " + base64.b64encode(secret.encode()).decode())
-        elif token:
-            request.add_header("Authorization", f"Bearer {token}")
+        for name, value in self._login.items():
+            request.add_header(name, value)
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             return json.loads(response.read() or b"{}")
 
